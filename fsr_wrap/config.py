@@ -1,0 +1,152 @@
+"""Hyper-parameters of FSR, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .pushers import PUSHERS, Pusher, get_pusher
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not allowed: give {allowed}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSRConfig:
+    """The hyper-parameters of FSR, frozen and checked.
+
+    The default is the recipe that did best in this project's benchmarks on wrong labels (area-under-margin pusher,
+    momentum re-labelling, cached reward features, no MixUp). [`FSRConfig.preset`][fsr_wrap.FSRConfig.preset] gives the
+    rows of the paper's Table 4.
+
+    **Arguments:**
+
+    - `dictionary_size`: |R|, the number of training samples that stand in for clean reward data (Eq. 4). Each class
+        gets `max(1, |R| // C)` of them.
+    - `reward_batch_size`: q, the number of reward samples drawn a step, in all processes together.
+    - `score_momentum`: λ in [0, 1), P̂ ← λP̂ + (1−λ)P (Section 4.1).
+    - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1).
+    - `weight_lr`: α, the step size of the weight update (Eq. 3). Under `weight_rule="clip"` it cancels in the
+        normalisation, up to its ε.
+    - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
+        plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200.
+    - `weight_rule`: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) + 1/b, for
+        long-tailed classes (Section 5.2).
+    - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`.
+    - `reward`: `"cached"` takes the head's input feature as it passed by in training, `"fresh"` runs a no-grad
+        forward of the stored inputs at every step. Same maths, see the docs for the costs.
+    - `relabel_weight`: p, the multiplier of the re-labelling loss; 0 turns re-labelling and its N×C state off.
+    - `relabel_momentum`: β in [0, 1), the weight of the **old** value in Eq. 7.
+    - `relabel_temperature`: T > 0, the pseudo-label is softmax(ŷ / T).
+    - `label_smoothing`: in [0, 1), for the weighted loss, the look-ahead and the reward loss alike.
+    - `mixup_beta`: m = U^(1/β)/2 in [`FSRWrapper.mixup`][fsr_wrap.FSRWrapper.mixup]; 0.5 as in the released code.
+    - `max_weight`: None, or the largest weight of a sample as a multiple of the uniform weight 1/b. A remedy when
+        training diverges because few samples carry all the weight (`fsr/effective_sample_size` near 1).
+    - `nonfinite`: `"raise"` stops at NaN or infinite logits or features with everything as it was, `"skip"` leaves
+        such samples out of the loss, the scores and the dictionary, and counts them.
+    - `seed`: of the wrapper's own random numbers; the global RNG streams are never touched.
+
+    **Raises:** `ValueError` naming the field and the range that is allowed.
+    """
+
+    dictionary_size: int = 2000
+    reward_batch_size: int = 200
+    score_momentum: float = 0.9
+    lookahead_lr: float = 0.1
+    weight_lr: float = 1.0
+    warmup_epochs: int = 1
+    weight_rule: Literal["clip", "shift"] = "clip"
+    pusher: str | Pusher = "area_under_margin"
+    reward: Literal["cached", "fresh"] = "cached"
+    relabel_weight: float = 2.0
+    relabel_momentum: float = 0.1
+    relabel_temperature: float = 1.0
+    label_smoothing: float = 0.0
+    mixup_beta: float = 0.5
+    max_weight: float | None = None
+    nonfinite: Literal["raise", "skip"] = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 1, "an integer >= 1")
+        natural: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 0, "an integer >= 0")
+        below_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+        positive: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v > 0, "a number > 0")
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "dictionary_size": at_least_one,
+            "reward_batch_size": at_least_one,
+            "score_momentum": below_one,
+            "lookahead_lr": positive,
+            "weight_lr": positive,
+            "warmup_epochs": natural,
+            "weight_rule": (lambda v: v in ("clip", "shift"), '"clip" or "shift"'),
+            "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
+            "relabel_weight": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+            "relabel_momentum": below_one,
+            "relabel_temperature": positive,
+            "label_smoothing": below_one,
+            "mixup_beta": positive,
+            "max_weight": (lambda v: v is None or (_is_number(v) and v >= 1), "None or a number >= 1"),
+            "nonfinite": (lambda v: v in ("raise", "skip"), '"raise" or "skip"'),
+            "seed": natural,
+        }
+        for name, (ok, allowed) in rules.items():
+            value = getattr(self, name)
+            _check(ok(value), name, value, allowed)
+        known = isinstance(self.pusher, Pusher) or self.pusher in PUSHERS
+        _check(known, "pusher", self.pusher, f"a Pusher or one of {', '.join(sorted(PUSHERS))}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> FSRConfig:
+        """One row of the paper's Table 4, with Section 5's settings for its task.
+
+        The numbers are Table 4's. The pusher is the area under the margin unless you pass another: without MixUp the
+        paper's own margin picks the wrong samples (see the docs). For the paper's own recipe on wrong labels pass
+        `pusher="authors_margin"` and mix with [`FSRWrapper.mixup`][fsr_wrap.FSRWrapper.mixup].
+
+        **Arguments:**
+
+        - `name`: `"cifar_noise"`, `"webvision"`, `"cifar_long_tailed"`, `"inat2018"` or `"cifar_long_tailed_noise"`.
+        - `overrides`: fields to set otherwise.
+
+        **Raises:** `ValueError` for an unknown name or a wrong value.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}: give one of {', '.join(sorted(PRESETS))}.")
+        return cls(**{**PRESETS[name], **check_names(overrides)})
+
+    def get_pusher(self) -> Pusher:
+        """The valuation function itself."""
+        return get_pusher(self.pusher)
+
+
+def check_names(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides as they are, if each names a field of `FSRConfig`. **Raises:** `TypeError` if one does not."""
+    names = [field.name for field in fields(FSRConfig)]
+    for name in overrides:
+        if name not in names:
+            raise TypeError(f"FSRConfig has no field {name!r}; its fields are {', '.join(names)}.")
+    return overrides
+
+
+_LONG_TAIL: dict[str, Any] = {"weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar_noise": {"dictionary_size": 2000, "reward_batch_size": 200},
+    "webvision": {"dictionary_size": 5000, "reward_batch_size": 200, "relabel_weight": 1.0},
+    "cifar_long_tailed": {"dictionary_size": 3000, "reward_batch_size": 800, **_LONG_TAIL},
+    "inat2018": {"dictionary_size": 2000, "reward_batch_size": 350, **_LONG_TAIL},
+    "cifar_long_tailed_noise": {"dictionary_size": 3000, "reward_batch_size": 200},
+}

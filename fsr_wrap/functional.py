@@ -1,0 +1,225 @@
+"""The maths of FSR as pure functions (torch alone).
+
+Symbols, as in the paper and the docs: b samples in the batch, q in the reward batch, C classes, d features; h the
+head's input, φ the head's parameters, ℓ_i(φ) the loss of sample i, η the look-ahead's step size. Nothing here reads or writes
+any state; arithmetic runs in the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, jvp
+
+Params = dict[str, Tensor]
+HeadFn = Callable[[Params, Tensor], Tensor]
+"""A head as a function: (parameters, features (b, ...)) → logits (b, C)."""
+EPS = 1e-5
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """ℓ_i, the softmax cross-entropy of each sample.
+
+    **Arguments:**
+
+    - `logits`: (b, C).
+    - `target`: (b,) class numbers, or (b, C) soft targets in the dtype of the logits.
+    - `label_smoothing`: in [0, 1); the target becomes (1−s)·target + s/C.
+
+    **Returns:** (b,).
+    """
+    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+
+
+def dense_target(target: Tensor, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The target as (b, C) soft labels like the logits, smoothed."""
+    if target.ndim == 1:
+        target = torch.zeros_like(logits).scatter_(1, target[:, None], 1.0)
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return target
+
+
+def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """∂ℓ_i/∂logits_i = softmax(logits) − target, (b, C); exact for soft targets of any sum."""
+    soft = dense_target(target, logits, label_smoothing)
+    probability = logits.softmax(1)
+    if target.ndim == 2:
+        probability = probability * soft.sum(1, keepdim=True)
+    return probability - soft
+
+
+# --- any head: torch.func --------------------------------------------------------------------------------------------
+
+
+def head_gradient(
+    head: HeadFn, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+) -> Params:
+    """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, by torch.func.grad.
+
+    **Arguments:**
+
+    - `head`, `params`: the head as a function and φ.
+    - `features`: (b, ...), h. `target`: (b,) or (b, C).
+
+    **Returns:** the gradient, named and shaped like φ. Divided by q, at φ' and on a reward batch, it is
+    G = ∇_φ' (1/q) Σ_j ℓ(y_j, head(h_j; φ')) (Eq. 3, Eq. 6's first factor).
+    """
+
+    def loss(params: Params) -> Tensor:
+        return cross_entropy(head(params, features), target, label_smoothing).sum()
+
+    return grad(loss)(params)
+
+
+def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int | Tensor) -> Params:
+    """φ' = φ − η ∇_φ Σ_i ω₀ ℓ_i(φ) with uniform weights ω₀ = 1/b (Algorithm 1; Eq. 3's Θ_{t+1}).
+
+    **Arguments:** φ; `gradient`, the sum from `head_gradient`; `lr`, η; `batch_size`, b.
+
+    **Returns:** φ', named and shaped like φ.
+    """
+    scale = lr / batch_size
+    return {name: value - scale * gradient[name] for name, value in params.items()}
+
+
+def meta_gradient(
+    head: HeadFn,
+    params: Params,
+    features: Tensor,
+    target: Tensor,
+    gradient: Params,
+    *,
+    lr: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """−∂L_R/∂ω_i = η ⟨G, ∇_φ ℓ_i(φ)⟩ for every sample at once: one jvp of the loss vector along G (Eq. 6, last row).
+
+    **Arguments:** as in `head_gradient`; `gradient` is G; `lr` is η.
+
+    **Returns:** (b,), the scores: positive where the sample's gradient also lowers the reward loss.
+    """
+
+    def losses(params: Params) -> Tensor:
+        return cross_entropy(head(params, features), target, label_smoothing)
+
+    product: Tensor = jvp(losses, (params,), (gradient,))[1]
+    return lr * product
+
+
+# --- linear head and cross-entropy: closed form ----------------------------------------------------------------------
+
+
+def _gram(left: Tensor, right: Tensor, bias: bool) -> Tensor:
+    gram = left @ right.T
+    return gram + 1 if bias else gram
+
+
+def linear_look_ahead_logits(
+    features: Tensor,
+    logits: Tensor,
+    batch_features: Tensor,
+    batch_residual: Tensor,
+    *,
+    lr: float,
+    bias: bool = True,
+) -> Tensor:
+    """The logits that the look-ahead head φ' of a linear head gives, without forming φ'.
+
+    For W' = W − (η/b) Eᵀh and b' = b − (η/b) Eᵀ1: logits' = logits − (η/b) (features·hᵀ + 1) E.
+
+    **Arguments:**
+
+    - `features`: (n, d) where to evaluate, and `logits` (n, C) there at φ.
+    - `batch_features`, `batch_residual`: h (b, d) and E (b, C) of the training batch.
+    - `lr`: η. `bias`: whether the head has one.
+
+    **Returns:** (n, C).
+    """
+    scale = lr / batch_features.shape[0]
+    return torch.addmm(logits, _gram(features, batch_features, bias), batch_residual, alpha=-scale)
+
+
+def linear_meta_gradient(
+    features: Tensor,
+    residual: Tensor,
+    reward_features: Tensor,
+    reward_residual: Tensor,
+    *,
+    lr: float,
+    bias: bool = True,
+) -> Tensor:
+    """η ⟨G, ∇_φ ℓ_i⟩ of a linear head in closed form: score_i = η Σ_c E_ic ((h_i·H_Rᵀ + 1) Q)_c (Eq. 6, last row).
+
+    The C×d gradient is never formed.
+
+    **Arguments:**
+
+    - `features`, `residual`: h (b, d) and E (b, C) of the batch at φ.
+    - `reward_features`, `reward_residual`: H_R (q, d) and Q = (softmax − target)/q (q, C) at φ'.
+    - `lr`: η. `bias`: whether the head has one.
+
+    **Returns:** (b,).
+    """
+    return lr * ((_gram(features, reward_features, bias) @ reward_residual) * residual).sum(1)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def clip_weights(scores: Tensor) -> Tensor:
+    """u = max(0, score) (Eq. 2 with ω₀ subtracted first, so that zeros follow the noise rate). (b,) → (b,)."""
+    return scores.clamp(min=0)
+
+
+def shift_weights(scores: Tensor, minimum: Tensor, batch_size: int | Tensor) -> Tensor:
+    """u = score − min(score) + 1/b: no sample is left out (Section 5.2).
+
+    **Arguments:** `scores` (b,); `minimum` () and `batch_size` over all processes.
+    """
+    return scores - minimum + 1 / batch_size
+
+
+def normalize_weights(unnormalized: Tensor, total: Tensor) -> Tensor:
+    """ω = u / (Σu + 1e-5) (Algorithm 1's Normalize); all zeros stay all zeros. `total` is Σu over all processes."""
+    return unnormalized / (total + EPS)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """(Σω)² / Σω², between 1 and b; 0 where all weights are 0. (b,) → ()."""
+    return weights.sum().square() / weights.square().sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+# --- re-labelling and MixUp ------------------------------------------------------------------------------------------
+
+
+def relabel(
+    stored: Tensor, logits: Tensor, *, momentum: float, temperature: float = 1.0, mean_square: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Momentum re-labelling (Eq. 7), as released: the stored logits are first divided by their RMS over the batch.
+
+    **Arguments:**
+
+    - `stored`: ŷ_{t−1} (b, C), zeros where a sample was never seen.
+    - `logits`: f(x, Θ_t) (b, C).
+    - `momentum`: β, the weight of the old value. `temperature`: T.
+    - `mean_square`: (), of `stored` over all processes; computed if not given.
+
+    **Returns:** the pseudo-labels softmax(ŷ_{t−1}/T) and the new ŷ_t, both (b, C).
+    """
+    if mean_square is None:
+        mean_square = stored.square().mean()
+    normalized = stored * (mean_square + 1e-8).rsqrt()
+    return (normalized / temperature).softmax(1), momentum * normalized + (1 - momentum) * logits
+
+
+def mixup_coefficients(uniform: Tensor, beta: float = 0.5) -> Tensor:
+    """m = max(U^(1/β)/2, 1 − U^(1/β)/2), about Beta(β, β), for U uniform in [0, 1). (b,) → (b,) in [1/2, 1]."""
+    half = uniform.pow(1 / beta) / 2
+    return torch.maximum(half, 1 - half)

@@ -1,0 +1,400 @@
+"""Find the head (Θ^meta), catch what goes into it, check it, and take the look-ahead step on it."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import functional as fsr
+from .functional import Params
+
+CLASSIFIER_NAMES = ("classifier", "score", "fc", "head", "heads", "output_layer")
+_MEMORY = 8  # forwards whose loss() may still come
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel and torch.compile, whatever the nesting.
+
+    **Raises:** `TypeError` for `nn.DataParallel`.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise TypeError("nn.DataParallel splits the batch behind our back: use DistributedDataParallel instead.")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def resolve_head(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Module]:
+    """The head's dotted name and module.
+
+    **Arguments:**
+
+    - `model`: the user's own module, unwrapped.
+    - `head`: a dotted name (`module.` and `_orig_mod.` prefixes are ignored), a module of the model, or `"auto"`: what
+        timm's `get_classifier()` returns, else the last linear layer of a module named like a classifier, else the
+        last linear layer.
+
+    **Raises:** `ValueError` naming candidates if there is no such head; `TypeError` for anything else.
+    """
+    if isinstance(head, nn.Module):
+        head = unwrap(head)
+        for name, module in model.named_modules():
+            if module is head:
+                return name, module
+        raise ValueError(f"The head {type(head).__name__} is not a part of the model. {_candidates(model)}")
+    if not isinstance(head, str):
+        raise TypeError(f'head must be a dotted name, a module of the model or "auto", not {type(head).__name__}.')
+    if head == "auto":
+        return _auto(model)
+    name = re.sub(r"(^|\.)(module|_orig_mod)(?=\.)", "", "." + head).strip(".")
+    for candidate in (head, name):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise ValueError(f"The model has no module named {head!r}. {_candidates(model)}")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
+        return plain and module.groups == 1
+    return type(module) is nn.Linear
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear) or _is_linear(part)]
+
+
+def _candidates(model: nn.Module) -> str:
+    names = [name for name, _ in _linears(model)][-3:]
+    found = f"Its last linear layers are {names}; pass" if names else "It has no linear layer; pass"
+    return f'{found} head="dotted.name" of the module whose output are the logits.'
+
+
+def _auto(model: nn.Module) -> tuple[str, nn.Module]:
+    places: list[nn.Module] = []
+    if callable(getattr(model, "get_classifier", None)):
+        classifier = model.get_classifier()  # type: ignore[operator]
+        if isinstance(classifier, (tuple, list)):
+            raise ValueError(
+                f"The model has {len(classifier)} classifiers: pass one of them as head. {_candidates(model)}"
+            )
+        if isinstance(classifier, nn.Identity):
+            raise ValueError("The model has no classifier: create it with num_classes > 0, or pass head=.")
+        if isinstance(classifier, nn.Module):
+            places.append(classifier)
+    places += [part for name in CLASSIFIER_NAMES if isinstance(part := getattr(model, name, None), nn.Module)]
+    places.append(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    for place in places:
+        linears = [module for _, module in _linears(place)]
+        if linears and id(linears[-1]) in names:
+            return names[id(linears[-1])], linears[-1]
+    raise ValueError(f"No head was found in {type(model).__name__}. {_candidates(model)}")
+
+
+# --- catching --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Capture:
+    """What one forward left behind: the head's input and output (detached), the model's input, the autocast state."""
+
+    features: Tensor
+    output: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    autocast: torch.dtype | None = None
+
+
+class Tap:
+    """Hooks on model and head that keep what the last training forwards left behind.
+
+    Forwards without gradients are not seen. The hooks change nothing in the forward.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        self._captures: deque[Capture] = deque(maxlen=_MEMORY)
+        self._diverted: Capture | None = None
+        self._diverting = False
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._handles = [
+            model.register_forward_pre_hook(self._on_model, with_kwargs=True),
+            head.register_forward_hook(self._on_head, with_kwargs=True),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__setstate__(self.__getstate__())
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._captures, self._diverted, self._diverting = deque(maxlen=_MEMORY), None, False
+        self._inputs, self._handles = ((), {}), []
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and not self._diverting:
+            self._inputs = (args, kwargs)
+
+    def _on_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not (torch.is_grad_enabled() or self._diverting):
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != 1 or not isinstance(output, Tensor):
+            return
+        device = output.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        capture = Capture(tensors[0].detach(), output.detach(), *self._inputs, autocast)
+        if self._diverting:
+            self._diverted = capture
+        else:
+            self._captures.append(capture)
+
+    @contextmanager
+    def divert(self) -> Iterator[list[Capture]]:
+        """Within it, forwards without gradients are caught, into the list, and nothing else is."""
+        box: list[Capture] = []
+        self._diverting, self._diverted = True, None
+        try:
+            yield box
+            if self._diverted is not None:
+                box.append(self._diverted)
+        finally:
+            self._diverting, self._diverted = False, None
+
+    def find(self, logits: Tensor) -> Capture | None:
+        """The capture of the forward that gave these logits; the last one of as many samples if none is known."""
+        for capture in reversed(self._captures):
+            if capture.output.data_ptr() == logits.data_ptr() and capture.output.device == logits.device:
+                return capture
+        for capture in reversed(self._captures):
+            if capture.output.shape[:1] == logits.shape[:1]:
+                return capture
+        return None
+
+    def discard(self, capture: Capture) -> None:
+        """Forgets a capture whose loss was computed, and those before it."""
+        while self._captures:
+            if self._captures.popleft() is capture:
+                break
+        self._inputs = ((), {})
+
+
+# --- the head as a function ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The training batch at the head: `features` (b, ...), `logits` (b, C), `target` (b,) or (b, C), detached."""
+
+    features: Tensor
+    logits: Tensor
+    target: Tensor
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """This process's part of the reward batch: `features` (n, ...), `label` (n,); and q over all processes."""
+
+    features: Tensor
+    label: Tensor
+    label_smoothing: float
+    batch_size: int
+
+
+class MetaStep(Protocol):
+    """The look-ahead taken on one batch, ready to be asked."""
+
+    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        """The look-ahead head's logits at features whose logits at φ are given; (n, C)."""
+        ...
+
+    def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
+        """−∂L_R/∂ω of each sample, (b,), and this process's part of the reward loss, ()."""
+        ...
+
+
+class LinearStep:
+    """The closed form for a linear head under cross-entropy, in one process."""
+
+    def __init__(self, head: Head, batch: Batch, lr: float):
+        self._head, self._batch, self._lr, self._bias = head, batch, lr, head.has_bias
+        self._residual = fsr.residual(batch.logits, batch.target, batch.label_smoothing)
+
+    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        return fsr.linear_look_ahead_logits(
+            features, logits, self._batch.features, self._residual, lr=self._lr, bias=self._bias
+        )
+
+    def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
+        logits = self.logits(reward.features, self._head.logits(reward.features))
+        residual = fsr.residual(logits, reward.label, reward.label_smoothing) / reward.batch_size
+        loss = fsr.cross_entropy(logits, reward.label, reward.label_smoothing).sum() / reward.batch_size
+        scores = fsr.linear_meta_gradient(
+            self._batch.features, self._residual, reward.features, residual, lr=self._lr, bias=self._bias
+        )
+        return scores, loss
+
+
+class FunctionalStep:
+    """torch.func for any head, and for any number of processes.
+
+    **Arguments:** `gradient`, Σ_i ∇_φ ℓ_i and `batch_size`, b, over all processes; `reduce` sums over the processes.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        batch: Batch,
+        lr: float,
+        gradient: Params,
+        batch_size: int | Tensor,
+        reduce: Callable[[Params], Params],
+    ):
+        self._head, self._batch, self._lr, self._reduce = head, batch, lr, reduce
+        self._params = head.params(batch.features.dtype)
+        self._ahead = fsr.look_ahead(self._params, gradient, lr=lr, batch_size=batch_size)
+
+    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        return self._head.call(self._ahead, features)
+
+    def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
+        where, smoothing = (reward.features, reward.label), reward.label_smoothing
+        total = self._reduce(fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing))
+        losses = fsr.cross_entropy(self._head.call(self._ahead, reward.features), reward.label, smoothing)
+        scores = fsr.meta_gradient(
+            self._head.call,
+            self._params,
+            self._batch.features,
+            self._batch.target,
+            {name: value / reward.batch_size for name, value in total.items()},
+            lr=self._lr,
+            label_smoothing=self._batch.label_smoothing,
+        )
+        return scores, losses.sum() / reward.batch_size
+
+
+class Head:
+    """The head as a function of its parameters and its input, apart from the user's forward.
+
+    Dropout inside the head is off here; BatchNorm inside it runs as in the user's forward, on copies of its statistics.
+
+    **Arguments:** `name` and `module`, from `resolve_head`.
+    """
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name, self.module = name, module
+        self.is_linear = _is_linear(module)
+        self.has_bias = getattr(module, "bias", None) is not None
+
+    def params(self, dtype: torch.dtype) -> Params:
+        """φ, detached."""
+        params = {name: _whole(value).to(dtype) for name, value in self.module.named_parameters()}
+        if self.is_linear:
+            params["weight"] = params["weight"].flatten(1)
+        return params
+
+    def features(self, captured: Tensor, dtype: torch.dtype) -> Tensor:
+        """The captured input in the dtype of the meta arithmetic; flat for a linear head."""
+        return captured.flatten(1).to(dtype) if self.is_linear else captured.to(dtype)
+
+    def call(self, params: Params, features: Tensor) -> Tensor:
+        """(φ, features) → logits (b, C)."""
+        if self.is_linear:
+            return torch.nn.functional.linear(features, params["weight"], params.get("bias"))
+        buffers = {
+            name: value.to(features.dtype, copy=True) if value.is_floating_point() else value.clone()
+            for name, value in self.module.named_buffers()
+        }
+        with _dropout_off(self.module):
+            return functional_call(self.module, {**buffers, **params}, (features,)).flatten(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The head as it is, at features of the meta arithmetic's dtype; (n, C)."""
+        return self.call(self.params(features.dtype), features)
+
+    def gradient(self, batch: Batch) -> Params:
+        """Σ_i ∇_φ ℓ_i of a batch in this process."""
+        params = self.params(batch.features.dtype)
+        return fsr.head_gradient(self.call, params, batch.features, batch.target, label_smoothing=batch.label_smoothing)
+
+    def check(self, capture: Capture, logits: Tensor) -> None:
+        """Whether this module's output are the logits.
+
+        **Raises:** `ValueError` saying what to pass instead.
+        """
+        where = f"the head {self.name!r} ({type(self.module).__name__})"
+        advice = 'Pass head="dotted.name" of the module whose output are the logits'
+        if capture.output.numel() != logits.numel():
+            raise ValueError(
+                f"{where[0].upper()}{where[1:]} puts out {tuple(capture.output.shape)}, but the logits are "
+                f"{tuple(logits.shape)}. {advice}."
+            )
+        if self.is_linear and capture.features.flatten(1).shape[1] != self.module.weight[0].numel():  # type: ignore[index]
+            raise ValueError(
+                f"{where[0].upper()}{where[1:]} takes {tuple(capture.features.shape)}: one feature vector a sample is "
+                f"needed. {advice}, applied to a pooled feature."
+            )
+        if any(_active_dropout(part) for part in self.module.modules()):
+            return  # its training-time output is random; the shapes agree
+        dtype = meta_dtype(logits)
+        expected, found = logits.detach().to(dtype), self.logits(self.features(capture.features, dtype))
+        coarse = logits.dtype in (torch.float16, torch.bfloat16) or capture.autocast is not None
+        gap = (expected - found).norm() / (expected.norm() + 1e-6)
+        if not gap <= (0.1 if coarse else 0.01):
+            raise ValueError(
+                f"{where[0].upper()}{where[1:]} gives other logits than those passed to loss() (relative gap "
+                f"{gap.item():.2g}). {advice}, and pass the logits as they leave it, before any scaling."
+            )
+
+
+def meta_dtype(logits: Tensor) -> torch.dtype:
+    """float32, or the logits' dtype if it is wider."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _active_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
+@contextmanager
+def _dropout_off(module: nn.Module) -> Iterator[None]:
+    active = [part for part in module.modules() if _active_dropout(part)]
+    for part in active:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in active:
+            part.training = True

@@ -1,0 +1,172 @@
+"""Valuation ("pusher") functions P and the table of their moving averages P̂."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .functional import cross_entropy
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a pusher may look at when a batch passes by; everything detached, at least float32.
+
+    **Arguments:**
+
+    - `logits`: (b, C), f(x; Θ_t) on the clean (not mixed) inputs.
+    - `label`: (b,), the given class numbers.
+    - `loss`: (b,), the training loss: of the mixed inputs under MixUp, smoothed under label smoothing.
+    - `lookahead_logits`: (b, C), the clean inputs under the look-ahead head Θ*; None if the pusher does not need it.
+    """
+
+    logits: Tensor
+    label: Tensor
+    loss: Tensor
+    lookahead_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pusher(ABC):
+    """A valuation function: high where a sample would make good reward data (Eq. 4 takes the highest)."""
+
+    needs_lookahead: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, visit: Visit) -> Tensor:
+        """P of each sample, (b,)."""
+
+
+@dataclass(frozen=True)
+class MetaMargin(Pusher):
+    """Eq. 5 to the letter: P = L(f(x; Θ_t), y) − L(f(x; Θ*_t), y), both on the clean input."""
+
+    needs_lookahead: ClassVar[bool] = True
+
+    def __call__(self, visit: Visit) -> Tensor:
+        assert visit.lookahead_logits is not None
+        return cross_entropy(visit.logits, visit.label) - cross_entropy(visit.lookahead_logits, visit.label)
+
+
+@dataclass(frozen=True)
+class AuthorsMargin(Pusher):
+    """The released code's margin: the training loss (mixed, under MixUp) minus the clean loss at Θ*_t.
+
+    Meant for training with MixUp; without it, it is `MetaMargin` (with the label smoothing left in the first term).
+    """
+
+    needs_lookahead: ClassVar[bool] = True
+
+    def __call__(self, visit: Visit) -> Tensor:
+        assert visit.lookahead_logits is not None
+        return visit.loss - cross_entropy(visit.lookahead_logits, visit.label)
+
+
+@dataclass(frozen=True)
+class NegativeLoss(Pusher):
+    """P = −L(f(x; Θ_t), y): the samples the model agrees with."""
+
+    def __call__(self, visit: Visit) -> Tensor:
+        return -cross_entropy(visit.logits, visit.label)
+
+
+@dataclass(frozen=True)
+class AreaUnderMargin(Pusher):
+    """The logit of the label minus the largest other logit (Pleiss et al., NeurIPS 2020); P̂ averages it over visits."""
+
+    def __call__(self, visit: Visit) -> Tensor:
+        label = visit.label[:, None]
+        others = visit.logits.scatter(1, label, -torch.inf)
+        return visit.logits.gather(1, label)[:, 0] - others.amax(1)
+
+
+PUSHERS: dict[str, type[Pusher]] = {
+    "meta_margin": MetaMargin,
+    "authors_margin": AuthorsMargin,
+    "negative_loss": NegativeLoss,
+    "area_under_margin": AreaUnderMargin,
+}
+
+
+def get_pusher(pusher: str | Pusher) -> Pusher:
+    """The pusher of that name, or the pusher itself. **Raises:** `KeyError` for an unknown name."""
+    return pusher if isinstance(pusher, Pusher) else PUSHERS[pusher]()
+
+
+class ScoreTable:
+    """P̂, the given label and the last epoch of each sample: 10 bytes a sample.
+
+    Rows are dataset indices. One row more than there are samples takes what is to be dropped (duplicates in a batch,
+    masked samples), so that no write depends on the data.
+
+    **Arguments:**
+
+    - `num_samples`: N. `momentum`: λ.
+    """
+
+    def __init__(self, num_samples: int, momentum: float, device: torch.device | str = "cpu"):
+        self.momentum = momentum
+        self.score = torch.full((num_samples + 1,), torch.nan, device=device)
+        self.label = torch.full((num_samples + 1,), -1, dtype=torch.int32, device=device)
+        self.epoch = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.score.shape[0] - 1
+
+    def grow(self, num_samples: int) -> None:
+        """Make room for at least `num_samples`, doubling."""
+        if num_samples <= self.num_samples:
+            return
+        bigger = ScoreTable(max(num_samples, 2 * self.num_samples), self.momentum, self.score.device)
+        for name in ("score", "label", "epoch"):
+            getattr(bigger, name)[: self.num_samples] = getattr(self, name)[:-1]
+            setattr(self, name, getattr(bigger, name))
+
+    def update(self, index: Tensor, score: Tensor, label: Tensor, epoch: int, keep: Tensor) -> Tensor:
+        """P̂ ← λP̂ + (1−λ)P (Section 4.1); P̂ = P at a sample's first visit.
+
+        **Arguments:**
+
+        - `index`: (b,) int64 in [0, N). `score`: P (b,). `label`: (b,). `epoch`: the current one.
+        - `keep`: (b,) bool; the others leave no trace. Of several visits of one sample the last one counts, and a P
+            that is not finite is never kept.
+
+        **Returns:** P̂ of the samples after the visit (b,), and −inf where nothing was kept.
+        """
+        keep = keep & score.isfinite() & is_last_visit(index)
+        old = self.score[index]
+        new = torch.where(old.isnan(), score.float(), self.momentum * old + (1 - self.momentum) * score.float())
+        row = torch.where(keep, index, self.num_samples)
+        self.score[row] = new
+        self.label[row] = label.to(self.label.dtype)
+        self.epoch[row] = min(epoch, torch.iinfo(torch.int16).max)
+        return torch.where(keep, new, -torch.inf)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The three columns, without the spare row."""
+        return {name: getattr(self, name)[:-1].clone() for name in ("score", "label", "epoch")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the columns back. The table must be of the same N."""
+        for name in ("score", "label", "epoch"):
+            getattr(self, name)[:-1] = state[name]
+
+    def to(self, device: torch.device) -> None:
+        """Moves the table."""
+        for name in ("score", "label", "epoch"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+def is_last_visit(index: Tensor) -> Tensor:
+    """Whether a batch position is the last one of its index. (b,) int64 → (b,) bool."""
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(last).scatter_(0, order, last)
