@@ -43,7 +43,7 @@ class FSRConfig:
     - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
         plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200.
     - `weight_rule`: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) + 1/b, for
-        long-tailed classes (Section 5.2).
+        long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
     - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`.
     - `reward`: `"cached"` takes the head's input feature as it passed by in training, `"fresh"` runs a no-grad
         forward of the stored inputs at every step. Same maths, see the docs for the costs.
@@ -67,7 +67,7 @@ class FSRConfig:
     lookahead_lr: float = 0.1
     weight_lr: float = 1.0
     warmup_epochs: int = 1
-    weight_rule: Literal["clip", "shift"] = "clip"
+    weight_rule: Literal["clip", "shift", "uniform"] = "clip"
     pusher: str | Pusher = "area_under_margin"
     reward: Literal["cached", "fresh"] = "cached"
     relabel_weight: float = 2.0
@@ -91,7 +91,7 @@ class FSRConfig:
             "lookahead_lr": positive,
             "weight_lr": positive,
             "warmup_epochs": natural,
-            "weight_rule": (lambda v: v in ("clip", "shift"), '"clip" or "shift"'),
+            "weight_rule": (lambda v: v in ("clip", "shift", "uniform"), '"clip", "shift" or "uniform"'),
             "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
             "relabel_weight": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
             "relabel_momentum": below_one,
@@ -105,7 +105,7 @@ class FSRConfig:
         for name, (ok, allowed) in rules.items():
             value = getattr(self, name)
             _check(ok(value), name, value, allowed)
-        known = isinstance(self.pusher, Pusher) or self.pusher in PUSHERS
+        known = isinstance(self.pusher, Pusher) or (isinstance(self.pusher, str) and self.pusher in PUSHERS)
         _check(known, "pusher", self.pusher, f"a Pusher or one of {', '.join(sorted(PUSHERS))}")
 
     @classmethod

@@ -28,13 +28,16 @@ def with_index(dataset: Any, column: str = "index") -> Any:
     **Raises:** `ValueError` if the column exists already with anything but distinct whole numbers, or if a Hugging Face
     stream has several shards, whose samples have no index of their own; `TypeError` for anything else.
     """
+    if isinstance(dataset, (IndexedDataset, IndexedIterableDataset)) and dataset.column == column:
+        return dataset
     if _is_hugging_face(dataset, "Dataset"):
         return _with_column(dataset, column)
     if _is_hugging_face(dataset, "IterableDataset"):
         return _with_count(dataset, column)
     if isinstance(dataset, IterableDataset):
-        return IndexedIterableDataset(dataset, column)
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        sized = hasattr(dataset, "__len__")
+        return (_SizedIndexedIterableDataset if sized else IndexedIterableDataset)(dataset, column)
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict):
         return IndexedDataset(dataset, column)
     raise TypeError(
         f"{type(dataset).__name__} is no data set: give a torch or Hugging Face data set, not a loader or an iterator."
@@ -58,23 +61,24 @@ def _with_column(dataset: Any, column: str) -> Any:
     import numpy
 
     form = dataset.format
-    plain = dataset.with_format(None).add_column(column, numpy.arange(len(dataset)))
+    kwargs, columns = form["format_kwargs"], None
     if form["type"] == "custom":
-        return plain.with_transform(_KeepColumn(form["format_kwargs"]["transform"], column))
-    if form["type"] is None and set(form["columns"]) == set(dataset.column_names):
-        return plain
-    return plain.with_format(form["type"], columns=[*form["columns"], column], **form["format_kwargs"])
+        kwargs = {**kwargs, "transform": _KeepColumn(kwargs["transform"], column)}
+    if set(form["columns"]) != set(dataset.column_names):
+        columns = [*form["columns"], column]
+    indexed = dataset.with_format(None).add_column(column, numpy.arange(len(dataset)))
+    return indexed.with_format(form["type"], columns, form["output_all_columns"], **kwargs)
 
 
 class _KeepColumn:
-    """A transform of batches that passes the index on."""
+    """A transform of batches that passes the index by."""
 
     def __init__(self, transform: Callable[[dict[str, Any]], dict[str, Any]], column: str):
         self.transform, self.column = transform, column
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        index = batch[self.column]
-        return {**self.transform(batch), self.column: index}
+        rest = {name: values for name, values in batch.items() if name != self.column}
+        return {**self.transform(rest), self.column: batch[self.column]}
 
 
 def _with_count(dataset: Any, column: str) -> Any:
@@ -142,13 +146,17 @@ class IndexedIterableDataset(IterableDataset[Any]):
             yield _add(sample, start + count * step, self.column)
 
     def __getattr__(self, name: str) -> Any:
-        # The loader asks for a length; only a data set that has one may seem to have one.
-        if name in ("dataset", "column") or (name.startswith("__") and name != "__len__"):
+        if name in ("dataset", "column") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __repr__(self) -> str:
         return f"with_index({self.dataset!r})"
+
+
+class _SizedIndexedIterableDataset(IndexedIterableDataset):
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int | None]:
@@ -157,6 +165,8 @@ def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int 
         length = len(dataset)
     except TypeError:
         return None, None
+    if isinstance(dataset, IndexedIterableDataset):
+        return None, length  # the numbers leave gaps where the workers' shares differ
     rows = length
     base = dataset
     while isinstance(base, (Subset, IndexedDataset)):
@@ -167,6 +177,7 @@ def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int 
     if _is_hugging_face(base, "Dataset") and column in base.column_names:
         import pyarrow.compute
 
-        largest = pyarrow.compute.max(base.data.column(column)).as_py()
-        rows = max(rows, 1 + (-1 if largest is None else largest))
+        values = base.data.column(column)
+        if pyarrow.types.is_integer(values.type):
+            rows = max(rows, 1 + (pyarrow.compute.max(values).as_py() or 0))
     return rows, length

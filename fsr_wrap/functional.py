@@ -1,8 +1,8 @@
 """The maths of FSR as pure functions (torch alone).
 
 Symbols, as in the paper and the docs: b samples in the batch, q in the reward batch, C classes, d features; h the
-head's input, φ the head's parameters, ℓ_i(φ) the loss of sample i, η the look-ahead's step size. Nothing here reads or writes
-any state; arithmetic runs in the dtype of the inputs.
+head's input, φ the head's parameters, ℓ_i(φ) the loss of sample i, η the look-ahead's step size. Nothing here reads or
+writes any state; arithmetic runs in the dtype of the inputs.
 """
 
 from __future__ import annotations

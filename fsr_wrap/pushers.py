@@ -123,9 +123,10 @@ class ScoreTable:
         """Make room for at least `num_samples`, doubling."""
         if num_samples <= self.num_samples:
             return
-        bigger = ScoreTable(max(num_samples, 2 * self.num_samples), self.momentum, self.score.device)
+        held = self.num_samples
+        bigger = ScoreTable(max(num_samples, 2 * held), self.momentum, self.score.device)
         for name in ("score", "label", "epoch"):
-            getattr(bigger, name)[: self.num_samples] = getattr(self, name)[:-1]
+            getattr(bigger, name)[:held] = getattr(self, name)[:-1]
             setattr(self, name, getattr(bigger, name))
 
     def update(self, index: Tensor, score: Tensor, label: Tensor, epoch: int, keep: Tensor) -> Tensor:

@@ -33,19 +33,8 @@ from .heads import (
     resolve_head,
     unwrap,
 )
-from .pushers import Pusher, ScoreTable, Visit
-from .relabel import PseudoLabels
-
-STATE_VERSION = 1
-_METRICS = (
-    "loss",
-    "reward_loss",
-    "zero_weight_ratio",
-    "effective_sample_size",
-    "max_weight",
-    "all_zero_batches",
-    "skipped_samples",
-)
+from .pushers import Pusher, Visit
+from .state import METRICS, Memory
 
 
 @dataclass
@@ -137,21 +126,12 @@ class FSRWrapper(Optimizer):
         self._core = core
         self._head = Head(name, module)
         self._pusher: Pusher = config.get_pusher()
-        self._num_samples = num_samples or rows
+        self._memory = Memory(config, num_samples or rows)
         self._samples_per_epoch = samples_per_epoch or length or num_samples
-        self._table: ScoreTable | None = None
-        self._dictionary: RewardDictionary | None = None
-        self._pseudo: PseudoLabels | None = None
-        self._epoch = 0
-        self._consumed = 0
-        self._draws = 0
-        self._largest = -1
         self._warned = False
         self._checked = False
         self._mixes: deque[_Mix] = deque(maxlen=8)
         self._watch = Watch()
-        self._sums: Tensor | None = None
-        self._steps = 0
         self._weights: Tensor | None = None
         self._tap = Tap(core, module)
         weakref.finalize(self, self._tap.remove)
@@ -252,7 +232,7 @@ class FSRWrapper(Optimizer):
         weakref.finalize(self, self._tap.remove)
 
     def __repr__(self) -> str:
-        return f"FSRWrapper(head={self._head.name!r}, epoch={self._epoch}, config={self.config})\n{self.optimizer!r}"
+        return f"FSRWrapper(head={self._head.name!r}, epoch={self.epoch}, config={self.config})\n{self.optimizer!r}"
 
     # --- what FSR knows ----------------------------------------------------------------------------------------------
 
@@ -264,26 +244,28 @@ class FSRWrapper(Optimizer):
     @property
     def epoch(self) -> int:
         """Epochs ended so far."""
-        return self._epoch
+        return self._memory.epoch
 
     @property
     def is_reweighting(self) -> bool:
         """Whether the next `loss()` re-weights: the warm-up is over and there is reward data."""
-        return self._epoch >= self.config.warmup_epochs and bool(self._dictionary)
+        memory = self._memory
+        return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
 
     @property
     def dictionary(self) -> RewardDictionary:
         """R. **Raises:** `RuntimeError` before the first `loss()`, when the number of classes is not known yet."""
-        if self._dictionary is None:
-            raise RuntimeError("The dictionary is made by the first loss(): the number of classes is not known before.")
-        return self._dictionary
+        return self._known().dictionary
 
     @property
     def scores(self) -> Tensor:
         """P̂ of each sample, (N,) float32, NaN where a sample was not visited. A view: do not write to it."""
-        if self._table is None:
-            raise RuntimeError("There are no scores before the first loss().")
-        return self._table.score[:-1]
+        return self._known().table.score[:-1]
+
+    def _known(self) -> Memory:
+        if not self._memory.ready:
+            raise RuntimeError("FSR knows nothing yet: call loss() first, which also tells the number of classes.")
+        return self._memory
 
     @property
     def weights(self) -> Tensor:
@@ -297,22 +279,45 @@ class FSRWrapper(Optimizer):
 
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
         (0 in warm-up), `fsr/zero_weight_ratio` (should come near the share of wrong labels),
-        `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums: `fsr/all_zero_batches`,
-        `fsr/skipped_samples`; and as they stand: `fsr/epoch`, `fsr/reweighting`, `fsr/dictionary_size`.
+        `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums:
+        `fsr/all_zero_batches`, `fsr/skipped_samples`; and as they stand: `fsr/epoch`, `fsr/reweighting`, `fsr/dictionary_size`.
         Empty before the first `loss()`.
         """
-        if self._sums is None or self._dictionary is None:
+        memory = self._memory
+        if not memory.ready:
             return {}
-        sums, steps = self._sums.tolist(), max(self._steps, 1)
-        self._sums.zero_()
-        self._steps = 0
-        out = {f"fsr/{name}": value / steps for name, value in zip(_METRICS, sums, strict=True)}
+        sums, steps = memory.sums.tolist(), max(memory.steps, 1)
+        memory.sums.zero_()
+        memory.steps = 0
+        out = {f"fsr/{name}": value / steps for name, value in zip(METRICS, sums, strict=True)}
         for name in ("all_zero_batches", "skipped_samples"):
             out[f"fsr/{name}"] *= steps
-        out["fsr/epoch"] = self._epoch
+        out["fsr/epoch"] = memory.epoch
         out["fsr/reweighting"] = float(self.is_reweighting)
-        out["fsr/dictionary_size"] = len(self._dictionary)
+        out["fsr/dictionary_size"] = len(memory.dictionary)
         return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict, and FSR's own state under `"fsr"`: plain tensors, numbers and strings.
+
+        It loads with `weights_only=True`, and a plain optimizer loads it too, leaving FSR's part aside.
+        """
+        return {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; the run goes on bit for bit. From a plain optimizer's state dict the inner
+        optimizer loads, and FSR starts afresh.
+
+        **Raises:** `ValueError` if FSR's part belongs to a newer format, another data set or another kind of reward
+        data; the wrapper is then as it was.
+        """
+        state_dict = dict(state_dict)
+        state = state_dict.pop("fsr", None)
+        memory = Memory(self.config, self._memory.num_samples)
+        if state is not None:
+            memory = Memory.from_state_dict(state, self.config, self._memory.num_samples)
+        self.optimizer.load_state_dict(state_dict)
+        self._memory = memory
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -351,15 +356,8 @@ class FSRWrapper(Optimizer):
 
         Needed only where the number of samples an epoch is not known, or an epoch shall end early.
         """
-        if self._consumed == 0 or self._dictionary is None or self._table is None:
-            return
-        members = self._dictionary.slots
-        last = self._table.epoch[members.clamp(min=0)]
-        current = min(self._epoch, torch.iinfo(torch.int16).max)
-        unvisited = (members >= 0) & (last == current - 1)  # visited in the last epoch and not in this one
-        self._epoch += 1
-        self._consumed = 0
-        self._dictionary.update(unvisited, self._generator(0))
+        if self._memory.ready and self._memory.consumed > 0:
+            self._memory.end_epoch()
 
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes a batch (MixUp as released: each sample with a partner, m = max(U²/2, 1 − U²/2)).
@@ -383,7 +381,7 @@ class FSRWrapper(Optimizer):
                 f"mixup() takes int64 class numbers of shape ({len(inputs)},), not {target.dtype} of shape "
                 f"{tuple(target.shape)}."
             )
-        generator = self._generator(1 + distributed.rank())
+        generator = self._memory.generator(1 + distributed.rank())
         uniform = torch.rand(len(inputs), generator=generator).to(inputs.device, non_blocking=True)
         partner = torch.randperm(len(inputs), generator=generator).to(inputs.device, non_blocking=True)
         share = functional.mixup_coefficients(uniform, self.config.mixup_beta)
@@ -397,21 +395,15 @@ class FSRWrapper(Optimizer):
     # --- inside a step -----------------------------------------------------------------------------------------------
 
     def _num_classes(self) -> int:
-        if self._dictionary is not None:
-            return self._dictionary.num_classes
+        if self._memory.num_classes is not None:
+            return self._memory.num_classes
         if self._head.is_linear:
             return self._head.module.weight.shape[0]  # type: ignore[union-attr,index,return-value]
         raise RuntimeError("mixup() must know the number of classes: pass one batch to loss() first, or a linear head.")
 
-    def _generator(self, stream: int) -> torch.Generator:
-        """A generator that depends on the seed, the step and the stream alone: nothing to save."""
-        self._draws += 1
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self._draws) * 4096 + stream)
-
     def _accept(self, logits: Tensor, target: Tensor, index: Tensor) -> _Accepted:
         """Checks all that was passed; raises before anything is changed."""
-        classes = None if self._dictionary is None else self._dictionary.num_classes
-        index = check_batch(logits, target, index, num_classes=classes)
+        index = check_batch(logits, target, index, num_classes=self._memory.num_classes)
         mix = self._find_mix(target)
         capture = self._tap.find(logits)
         if capture is None:
@@ -421,10 +413,10 @@ class FSRWrapper(Optimizer):
             )
         if not self._checked:
             self._head.check(capture, logits)
-        if self._dictionary is not None:
-            self._dictionary.check_payload(self._payload(capture))
+        if self._memory.ready:
+            self._memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
-        rows = self._num_samples or INDEX_LIMIT
+        rows = self._memory.num_samples or INDEX_LIMIT
         problems, valid = find_problems(logits, capture.features, label, index, rows)
         messages = {
             "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits.",
@@ -452,29 +444,12 @@ class FSRWrapper(Optimizer):
         return None
 
     def _prepare(self, batch: _Accepted) -> None:
-        """Makes the tables at the first batch, and makes room or moves them where needed."""
+        """The batch is good: forgets what was kept for it, and makes room for it."""
         self._tap.discard(batch.capture)
         while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
             pass
         self._checked = True
-        device, classes, config = batch.logits.device, batch.logits.shape[1], self.config
-        if self._num_samples is None:
-            self._largest = max(self._largest, int(batch.index.max()))
-        rows = self._num_samples or self._largest + 1
-        if self._table is None or self._dictionary is None or self._sums is None:
-            self._table = ScoreTable(rows, config.score_momentum, device)
-            self._dictionary = RewardDictionary(classes, config.dictionary_size, device=device)
-            self._sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=device)
-            if config.relabel_weight > 0:
-                self._pseudo = PseudoLabels(rows, classes, config.relabel_momentum, config.relabel_temperature, device)
-        if self._table.score.device != device:
-            for part in (self._table, self._dictionary, self._pseudo):
-                if part is not None:
-                    part.to(device)
-            self._sums = self._sums.to(device)
-        self._table.grow(rows)
-        if self._pseudo is not None:
-            self._pseudo.grow(rows)
+        self._memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
 
     def _train(self, batch: _Accepted) -> Tensor:
         """Values and weighs the batch; returns the loss to back-propagate."""
@@ -494,14 +469,12 @@ class FSRWrapper(Optimizer):
 
     def _value(self, batch: _Accepted, at_head: Batch, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weights of the samples, their pseudo-labels, and how much each of these counts; updates what FSR knows."""
-        assert self._table is not None
-        assert self._dictionary is not None
-        active = self.is_reweighting
+        memory, active = self._memory, self.is_reweighting
         valid = torch.ones_like(losses, dtype=torch.bool) if batch.valid is None else batch.valid
         clean = self._clean(batch)
         clean_features = self._head.features(clean.features, losses.dtype)
         clean_logits = at_head.logits if batch.mix is None else clean.output.to(losses.dtype)
-        stored = None if self._pseudo is None else self._pseudo.stored(batch.index, losses.dtype)
+        stored = None if memory.pseudo is None else memory.pseudo.stored(batch.index, losses.dtype)
 
         step, size, mean_square = self._look_ahead(at_head, stored, active or self._pusher.needs_lookahead)
         weights, reward_loss = valid / size, losses.new_zeros(())
@@ -511,22 +484,22 @@ class FSRWrapper(Optimizer):
 
         ahead = step.logits(clean_features, clean_logits) if step is not None and self._pusher.needs_lookahead else None
         score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
-        momentum = self._table.update(batch.index, score, batch.label, self._epoch, valid)
-        self._dictionary.push(batch.index, batch.label, momentum, self._payload(clean))
+        momentum = memory.table.update(batch.index, score, batch.label, memory.epoch, valid)
+        memory.dictionary.push(batch.index, batch.label, momentum, self._payload(clean))
         pseudo = share = None
-        if self._pseudo is not None and stored is not None:
-            pseudo, seen = self._pseudo.update(batch.index, clean_logits, stored, momentum > -torch.inf, mean_square)
+        if memory.pseudo is not None and stored is not None:
+            pseudo, seen = memory.pseudo.update(batch.index, clean_logits, stored, momentum > -torch.inf, mean_square)
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
                 seen = seen & seen[batch.mix.partner]
             share = (seen & valid) / size if active else None
 
         self._weights = weights
-        self._steps += 1
+        memory.steps += 1
         seen_now = (weights * losses).sum(), reward_loss, (weights <= 0).sum() / len(weights)
         spread = functional.effective_sample_size(weights), weights.amax() * size
         counts = (weights.amax() <= 0), (~valid).sum()
-        self._sums += torch.stack(
+        memory.sums += torch.stack(
             [torch.as_tensor(value, device=weights.device) for value in (*seen_now, *spread, *counts)]
         )
         return weights, pseudo, share
@@ -570,7 +543,7 @@ class FSRWrapper(Optimizer):
     def _reward(self, batch: _Accepted, dtype: torch.dtype) -> Reward:
         """This process's part of the reward batch."""
         config, capture = self.config, batch.capture
-        drawn = self.dictionary.draw(config.reward_batch_size, self._generator(0))
+        drawn = self.dictionary.draw(config.reward_batch_size, self._memory.generator(0))
         part = slice(distributed.rank(), None, distributed.world_size())
         payload, label = [tensor[part] for tensor in drawn.payload], drawn.label[part]
         if config.reward == "cached":
@@ -608,6 +581,8 @@ class FSRWrapper(Optimizer):
     def _weigh(self, scores: Tensor, valid: Tensor, size: int | Tensor) -> Tensor:
         """ω of the batch, normalised over all processes (Eq. 2, Section 5.2)."""
         scores = torch.where(valid, self.config.weight_lr * scores, 0)
+        if self.config.weight_rule == "uniform":
+            return valid / size
         if self.config.weight_rule == "clip":
             unnormalized = functional.clip_weights(scores)
             total = distributed.sum_all({"total": unnormalized.sum()})["total"]
@@ -625,11 +600,12 @@ class FSRWrapper(Optimizer):
 
     def _count(self, samples: int) -> None:
         """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
-        self._consumed += samples * distributed.world_size()
+        memory = self._memory
+        memory.consumed += samples * distributed.world_size()
         if self._samples_per_epoch is not None:
-            if self._consumed >= self._samples_per_epoch:
+            if memory.consumed >= self._samples_per_epoch:
                 self.end_epoch()
-        elif self._epoch == 0 and self._consumed >= 2 * (self._largest + 1) and not self._warned:
+        elif memory.epoch == 0 and memory.consumed >= 2 * (memory.largest + 1) and not self._warned:
             self._warned = True
             warnings.warn(
                 "The samples seem to come again, but no epoch has ended, so there is no reward data and nothing is "
