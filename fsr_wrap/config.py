@@ -55,7 +55,8 @@ class FSRConfig:
     - `max_weight`: None, or the largest weight of a sample as a multiple of the uniform weight 1/b. A remedy when
         training diverges because few samples carry all the weight (`fsr/effective_sample_size` near 1).
     - `nonfinite`: `"raise"` stops at NaN or infinite logits or features with everything as it was, `"skip"` leaves
-        such samples out of the loss, the scores and the dictionary, and counts them.
+        such samples out of the loss, the scores and the dictionary, and counts them. A NaN that entered before the head
+        still reaches the gradients in the backward pass: skip such steps as you would without FSR.
     - `seed`: of the wrapper's own random numbers; the global RNG streams are never touched.
 
     **Raises:** `ValueError` naming the field and the range that is allowed.

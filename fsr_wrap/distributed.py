@@ -34,6 +34,6 @@ def gather_all(tensor: Tensor) -> Tensor:
     """Tensors of one shape (n, ...), stacked over the processes: (W, n, ...)."""
     if world_size() == 1:
         return tensor[None]
-    out = tensor.new_empty((world_size(), *tensor.shape))
-    dist.all_gather_into_tensor(out, tensor.contiguous())
-    return out
+    out = tensor.new_empty(world_size() * tensor.numel())
+    dist.all_gather_into_tensor(out, tensor.reshape(-1))
+    return out.view(-1, *tensor.shape)

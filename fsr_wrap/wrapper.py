@@ -280,7 +280,8 @@ class FSRWrapper(Optimizer):
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
         (0 in warm-up), `fsr/zero_weight_ratio` (should come near the share of wrong labels),
         `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums:
-        `fsr/all_zero_batches`, `fsr/skipped_samples`; and as they stand: `fsr/epoch`, `fsr/reweighting`, `fsr/dictionary_size`.
+        `fsr/all_zero_batches`, `fsr/skipped_samples`; and as they stand: `fsr/epoch`, `fsr/reweighting`,
+        `fsr/dictionary_size`.
         Empty before the first `loss()`.
         """
         memory = self._memory
@@ -411,8 +412,6 @@ class FSRWrapper(Optimizer):
                 f"loss() found no forward of this model that passed through the head {self._head.name!r}: call "
                 "model(x) with gradients before it. If the model was compiled, wrap it before its first call."
             )
-        if not self._checked:
-            self._head.check(capture, logits)
         if self._memory.ready:
             self._memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
@@ -425,6 +424,8 @@ class FSRWrapper(Optimizer):
         }
         skip = self.config.nonfinite == "skip"
         self._watch({name: n for name, n in problems.items() if not (skip and name == "non-finite")}, messages)
+        if not self._checked:
+            self._head.check(capture, logits)
         if logits.device.type == "cpu" and not skip:
             return _Accepted(logits, target, label, index, capture, mix, None)
         index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)

@@ -1,0 +1,117 @@
+import dataclasses
+import math
+import pickle
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+
+from fsr_wrap import FSRConfig
+from fsr_wrap.pushers import AreaUnderMargin, AuthorsMargin, NegativeLoss
+
+NAN, INF = math.nan, math.inf
+AT_LEAST_ONE = "an integer >= 1", [0, -1, 2.0, True, "2", None]
+NATURAL = "an integer >= 0", [-1, 0.5, True, "1", None]
+BELOW_ONE = r"a number in \[0, 1\)", [1, 1.0, -0.1, NAN, INF, "0.5", None, True]
+POSITIVE = "a number > 0", [0, 0.0, -1, NAN, INF, "1", None, True]
+WRONG = {
+    "dictionary_size": AT_LEAST_ONE,
+    "reward_batch_size": AT_LEAST_ONE,
+    "score_momentum": BELOW_ONE,
+    "lookahead_lr": POSITIVE,
+    "weight_lr": POSITIVE,
+    "warmup_epochs": NATURAL,
+    "weight_rule": ('"clip", "shift" or "uniform"', ["Clip", "", None, 1]),
+    "pusher": (
+        "a Pusher or one of area_under_margin, authors_margin",
+        ["margin", None, NegativeLoss, ["negative_loss"]],
+    ),
+    "reward": ('"cached" or "fresh"', ["Fresh", None, True]),
+    "relabel_weight": ("a number >= 0", [-0.1, NAN, INF, "1", None, True]),
+    "relabel_momentum": BELOW_ONE,
+    "relabel_temperature": POSITIVE,
+    "label_smoothing": BELOW_ONE,
+    "mixup_beta": POSITIVE,
+    "max_weight": ("None or a number >= 1", [0.5, 0, -2, NAN, INF, "2", True]),
+    "nonfinite": ('"raise" or "skip"', ["ignore", None, False]),
+    "seed": NATURAL,
+}
+RIGHT = {
+    "weight_rule": ["clip", "shift", "uniform"],
+    "dictionary_size": [1],
+    "reward_batch_size": [1],
+    "score_momentum": [0, 0.999],
+    "warmup_epochs": [0, 160],
+    "relabel_weight": [0, 2],
+    "relabel_momentum": [0],
+    "label_smoothing": [0, 0.5],
+    "max_weight": [None, 1, 10.5],
+    "pusher": ["negative_loss", NegativeLoss()],
+    "seed": [0],
+}
+
+
+def test_every_field_is_checked():
+    assert WRONG.keys() == {field.name for field in fields(FSRConfig)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, values) in WRONG.items() for value in values])
+def test_a_wrong_value_is_refused_with_its_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.* is not allowed: give {WRONG[name][0]}"):
+        FSRConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in RIGHT.items() for value in values])
+def test_a_value_at_the_edge_of_its_range_is_taken(name, value):
+    assert getattr(FSRConfig(**{name: value}), name) == value
+
+
+# Table 4: |R|, q, λ, η, α, β, p; the long-tailed rows have no re-labelling, and Section 5.2's rule.
+TABLE_4 = {
+    "cifar_noise": (2000, 200, 0.9, 0.1, 1, 0.1, 2),
+    "webvision": (5000, 200, 0.9, 0.1, 1, 0.1, 1),
+    "cifar_long_tailed": (3000, 800, 0.9, 0.1, 1, None, 0),
+    "inat2018": (2000, 350, 0.9, 0.1, 1, None, 0),
+    "cifar_long_tailed_noise": (3000, 200, 0.9, 0.1, 1, 0.1, 2),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_presets_are_table_4(name):
+    config, row = FSRConfig.preset(name), TABLE_4[name]
+    assert (config.dictionary_size, config.reward_batch_size, config.score_momentum) == row[:3]
+    assert (config.lookahead_lr, config.weight_lr, config.relabel_weight) == (row[3], row[4], row[6])
+    assert row[5] is None or config.relabel_momentum == row[5]
+    long_tailed = row[5] is None
+    assert config.weight_rule == ("shift" if long_tailed else "clip")
+    assert config.label_smoothing == (0.1 if long_tailed else 0)
+
+
+def test_preset_takes_overrides():
+    config = FSRConfig.preset("cifar_noise", pusher="authors_margin", relabel_weight=0)
+    assert (config.pusher, config.relabel_weight, config.dictionary_size) == ("authors_margin", 0, 2000)
+    assert isinstance(config.get_pusher(), AuthorsMargin)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"no preset 'cifar': give one of cifar_long_tailed, .*webvision"):
+        FSRConfig.preset("cifar")
+    with pytest.raises(TypeError, match=r"no field 'momentum'; its fields are dictionary_size, .*seed"):
+        FSRConfig.preset("cifar_noise", momentum=0.9)
+    with pytest.raises(ValueError, match="score_momentum=2 is not allowed"):
+        FSRConfig.preset("cifar_noise", score_momentum=2)
+    with pytest.raises(TypeError):
+        FSRConfig(momentum=0.9)
+    with pytest.raises(TypeError):
+        FSRConfig(2000)
+
+
+def test_frozen_checked_on_replace_and_picklable():
+    config = FSRConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(ValueError, match="seed=-1"):
+        dataclasses.replace(config, seed=-1)
+    assert FSRConfig(**asdict(config)) == config == pickle.loads(pickle.dumps(config))
+    assert isinstance(config.get_pusher(), AreaUnderMargin)
+    pusher = NegativeLoss()
+    assert FSRConfig(pusher=pusher).get_pusher() is pusher

@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+from helpers import assert_close, slow_cross_entropy
+
+from fsr_wrap.pushers import PUSHERS, NegativeLoss, ScoreTable, Visit, get_pusher, is_last_visit
+
+
+@pytest.fixture
+def visit():
+    return Visit(torch.randn(9, 4), torch.randint(4, (9,)), torch.rand(9), torch.randn(9, 4))
+
+
+def loss_of(logits, label):
+    return slow_cross_entropy(logits.double(), label)
+
+
+def margin(logits, label):
+    return torch.stack(
+        [row[y] - max(row[c] for c in range(len(row)) if c != y) for row, y in zip(logits, label.tolist(), strict=True)]
+    )
+
+
+ORACLES = {
+    "meta_margin": lambda v: loss_of(v.logits, v.label) - loss_of(v.lookahead_logits, v.label),
+    "authors_margin": lambda v: v.loss - loss_of(v.lookahead_logits, v.label),
+    "negative_loss": lambda v: -loss_of(v.logits, v.label),
+    "area_under_margin": lambda v: margin(v.logits, v.label),
+}
+
+
+@pytest.mark.parametrize("name", PUSHERS)
+def test_pusher_against_its_oracle(name, visit):
+    before = visit.logits.clone()
+    pusher = get_pusher(name)
+    assert_close(pusher(visit), ORACLES[name](visit), 1e-5)
+    assert_close(visit.logits, before, 0.0)
+    assert pusher.needs_lookahead == ("margin" in name and "area" not in name)
+
+
+def test_get_pusher_takes_a_pusher():
+    pusher = NegativeLoss()
+    assert get_pusher(pusher) is pusher
+    with pytest.raises(KeyError):
+        get_pusher("unknown")
+
+
+def test_last_visit():
+    index = torch.tensor([3, 1, 3, 2, 1, 3])
+    assert is_last_visit(index).tolist() == [False, False, False, True, True, True]
+    assert is_last_visit(torch.arange(5)).all()
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def visit_all(table, index, score, epoch=0, label=None, keep=None):
+    index, score = torch.tensor(index), torch.tensor(score)
+    label = torch.zeros_like(index) if label is None else torch.tensor(label)
+    keep = torch.ones_like(index, dtype=torch.bool) if keep is None else torch.tensor(keep)
+    return table.update(index, score, label, epoch, keep).tolist()
+
+
+def test_first_visit_takes_the_score_and_later_ones_average():
+    table = ScoreTable(3, momentum=0.75)
+    assert visit_all(table, [2, 0], [4.0, -8.0], epoch=0, label=[1, 6]) == [4.0, -8.0]
+    assert visit_all(table, [2], [8.0], epoch=1, label=[1]) == [0.75 * 4 + 0.25 * 8]
+    assert visit_all(table, [2], [1.0], epoch=2, label=[1]) == [0.75 * 5 + 0.25 * 1]
+    state = table.state_dict()
+    assert_close(state["score"], torch.tensor([-8.0, math.nan, 4.0]))
+    assert state["label"].tolist() == [6, -1, 1]
+    assert state["epoch"].tolist() == [0, -1, 2]
+
+
+def test_of_duplicates_in_a_batch_the_last_one_counts():
+    table = ScoreTable(4, momentum=0.5)
+    assert visit_all(table, [1], [8.0]) == [8.0]
+    assert visit_all(table, [1, 3, 1], [100.0, 2.0, 4.0], label=[0, 2, 3]) == [-math.inf, 2.0, 6.0]
+    assert table.state_dict()["label"].tolist() == [-1, 3, -1, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_or_not_kept_leaves_no_trace(bad):
+    table = ScoreTable(4, momentum=0.5)
+    visit_all(table, [0], [1.0])
+    before = table.state_dict()
+    assert visit_all(table, [0, 1], [bad, bad], epoch=1, label=[2, 2]) == [-math.inf] * 2
+    assert visit_all(table, [0, 2], [5.0, 5.0], epoch=1, label=[2, 2], keep=[False, False]) == [-math.inf] * 2
+    assert_close(table.state_dict(), before, 0.0)
+    assert visit_all(table, [0, 1], [2.0, 2.0]) == [1.5, 2.0]
+
+
+def test_the_table_against_a_dict_over_many_batches():
+    table, twin, momentum = ScoreTable(20, 0.9), {}, 0.9
+    for epoch in range(6):
+        for _ in range(5):
+            index, score, label = torch.randint(20, (8,)), torch.randn(8), torch.randint(5, (8,))
+            keep = torch.rand(8) > 0.2
+            score[torch.rand(8) < 0.1] = torch.nan
+            table.update(index, score, label, epoch, keep)
+            last = dict(
+                zip(index.tolist(), zip(score.tolist(), label.tolist(), keep.tolist(), strict=True), strict=True)
+            )
+            for i, (p, y, kept) in last.items():
+                if kept and math.isfinite(p):
+                    old = twin[i][0] if i in twin else p
+                    twin[i] = (momentum * old + (1 - momentum) * p, y, epoch)
+    missing = (math.nan, -1, -1)
+    columns = zip(*[twin.get(i, missing) for i in range(20)], strict=True)
+    expected = {name: torch.tensor(column) for name, column in zip(("score", "label", "epoch"), columns, strict=True)}
+    assert_close(table.state_dict(), expected, 1e-5)
+
+
+def test_double_scores_are_kept_as_float():
+    table = ScoreTable(2, 0.5)
+    out = table.update(
+        torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64), torch.tensor([0]), 0, torch.tensor([True])
+    )
+    assert table.score.dtype == torch.float32
+    assert_close(out, torch.tensor([0.1]))
+
+
+def test_the_spare_row_is_not_seen():
+    table = ScoreTable(3, 0.5)
+    visit_all(table, [0, 1], [math.nan, 7.0], label=[4, 4], keep=[True, False])
+    assert table.num_samples == 3
+    assert all(len(column) == 3 for column in table.state_dict().values())
+    table.grow(5)
+    assert table.state_dict()["score"].isnan().all()
+    assert (table.state_dict()["label"] == -1).all()
+
+
+@pytest.mark.parametrize("held", [1, 3, 100])
+def test_grow_keeps_what_was_there(held):
+    table = ScoreTable(held, 0.5)
+    visit_all(table, [held - 1, 0], [1.0, 3.0], epoch=4, label=[7, 7])
+    before = table.state_dict()
+    table.grow(held)
+    assert table.num_samples == held
+    table.grow(held + 1)
+    assert table.num_samples == 2 * held
+    after = table.state_dict()
+    assert_close({name: column[:held] for name, column in after.items()}, before, 0.0)
+    assert after["score"][held:].isnan().all()
+    assert (after["epoch"][held:] == -1).all()
+    table.grow(1000)
+    assert table.num_samples == 1000
+    assert visit_all(table, [999, 0], [2.0, 5.0]) == [2.0, 4.0]
+
+
+def test_a_table_of_no_samples_grows():
+    table = ScoreTable(0, 0.5)
+    table.grow(2)
+    assert visit_all(table, [1], [2.0]) == [2.0]
+
+
+def test_the_epoch_saturates():
+    table = ScoreTable(1, 0.5)
+    visit_all(table, [0], [1.0], epoch=10**6)
+    assert table.state_dict()["epoch"].tolist() == [2**15 - 1]
+
+
+def test_state_round_trip():
+    table = ScoreTable(4, 0.5)
+    visit_all(table, [1, 2], [1.0, 2.0], label=[3, 4])
+    state = table.state_dict()
+    copy = ScoreTable(4, 0.5)
+    copy.load_state_dict(state)
+    assert_close(copy.state_dict(), state, 0.0)
+    assert visit_all(copy, [1, 0], [3.0, 4.0]) == visit_all(table, [1, 0], [3.0, 4.0]) == [2.0, 4.0]
+    assert_close(state["score"], torch.tensor([math.nan, 1.0, 2.0, math.nan]))  # a copy, not a view
