@@ -41,7 +41,8 @@ class FSRConfig:
     - `weight_lr`: α, the step size of the weight update (Eq. 3). Under `weight_rule="clip"` it cancels in the
         normalisation, up to its ε.
     - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
-        plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200.
+        plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200. Lower it for short
+        runs: of 5 epochs or fewer, none would be re-weighted at the default.
     - `weight_rule`: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) + 1/b, for
         long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
     - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`.
@@ -67,7 +68,7 @@ class FSRConfig:
     score_momentum: float = 0.9
     lookahead_lr: float = 0.1
     weight_lr: float = 1.0
-    warmup_epochs: int = 1
+    warmup_epochs: int = 5
     weight_rule: Literal["clip", "shift", "uniform"] = "clip"
     pusher: str | Pusher = "area_under_margin"
     reward: Literal["cached", "fresh"] = "cached"

@@ -51,7 +51,7 @@ def make(seed: int = 0, norm: bool = True, dropout: float = 0.0, **options: Any)
     torch.manual_seed(seed)
     model = Net(norm=norm, dropout=dropout)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {"num_samples": N, "dictionary_size": 100, "reward_batch_size": 50, **options}
+    options = {"num_samples": N, "dictionary_size": 100, "reward_batch_size": 50, "warmup_epochs": 1, **options}
     return model, FSRWrapper(model, inner, **options)
 
 
@@ -92,14 +92,14 @@ def test_three_lines_of_the_readme_train() -> None:
     optimizer = FSRWrapper(model, optimizer, head="fc", dataset=train_set)
     loader = DataLoader(train_set, batch_size=50, shuffle=True)
     losses = []
-    for _ in range(6):
+    for _ in range(8):
         for inputs, labels, index in loader:
             loss = optimizer.loss(model(inputs), labels, index)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert optimizer.epoch == 6
+    assert optimizer.epoch == 8
     assert optimizer.is_reweighting
     assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
 
@@ -380,7 +380,8 @@ def test_mlp_head_and_linear_head_of_one_layer_agree() -> None:
         if nested:
             model.fc = head = nn.Sequential(model.fc)  # type: ignore[assignment]
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        fsr = FSRWrapper(model, inner, head, num_samples=N, dictionary_size=100, pusher="meta_margin")
+        options = {"num_samples": N, "dictionary_size": 100, "warmup_epochs": 1, "pusher": "meta_margin"}
+        fsr = FSRWrapper(model, inner, head, **options)
         train(model, fsr, 2, 0.3)
         weights.append(fsr.weights)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
