@@ -34,7 +34,10 @@ TASKS: dict[str, list[str]] = {
         "--weight-decay",
         "5e-4",
     ],
-    "long-tail": ["--imbalance", "100", "--epochs", "40", "--schedule", "steps"],
+    "long-tail": [
+        *["--imbalance", "100", "--limit", "20000", "--epochs", "40", "--schedule", "steps"],
+        *["--many-shot", "500", "--few-shot", "100"],
+    ],
 }
 METHODS: dict[str, dict[str, list[str]]] = {
     "noise": {"CE": ["--method", "ce"], "FSR": [], "FSR, paper's recipe (MixUp)": ["--mixup"]},
