@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import gather_all, rank, sum_in_place
+
 EMPTY = -1
 
 
@@ -188,22 +190,47 @@ class RewardDictionary:
             used[torch.where(entries.index != EMPTY, entries.row, rows)] = 1
         self._free = used[:rows].argsort(stable=True)[: self._length]
 
-    def update(self, carry: Tensor | None = None, generator: torch.Generator | None = None) -> None:
+    def update(
+        self,
+        carry: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        owner: Tensor | None = None,
+    ) -> None:
         """Makes the best samples of the epoch the new dictionary (Eq. 4). Synchronises with the device.
 
         **Arguments:**
 
         - `carry`: (C·k,) bool over `slots`: old members, not visited in the epoch, that compete on.
         - `generator`: on the host, for the order in which classes take turns.
+        - `owner`: in several processes, (N,), the process whose visit of a sample counts. All processes then get the
+            same dictionary.
         """
         carried = None if carry is None else self._members.where(carry)
-        self._count = self._select(carried)
+        if owner is None:
+            self._count = self._select(carried)
+        else:
+            self._select()
+            self._gather(carried, owner)
         self._members = self._best
         self._best = _Entries.empty(self._capacity, self.device)
         self._clear_buffer([self._members])
         present = self._count.cpu().nonzero()[:, 0]
         self._classes = present[torch.randperm(len(present), generator=generator)]
         self._turn = 0
+
+    def _gather(self, carried: _Entries | None, owner: Tensor) -> None:
+        """Selects among the candidates of all processes, and fetches the payloads of those that were selected."""
+        rows = 2 * self._capacity + self._length
+        best = self._best.where(owner[self._best.index.clamp(min=0)] == rank())
+        best.row = best.row + rank() * rows  # which process has the payload
+        everywhere = _Entries(**{name: gather_all(column).flatten() for name, column in best.columns().items()})
+        parts = [everywhere] if carried is None else [carried, everywhere]
+        self._best, self._count = top_k_per_class(_concatenate(parts), self.num_classes, self.quota)
+        here = (self._best.index != EMPTY) & (self._best.row // rows == rank())
+        for arena in self._arena:
+            held = here.view(-1, *[1] * (arena.ndim - 1))
+            arena[: self._capacity] = sum_in_place(torch.where(held, arena[self._best.row % rows], 0))
+        self._best.row = torch.arange(self._capacity, device=self.device)
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> RewardBatch:
         """A class-balanced reward batch: classes take turns, samples of a class are drawn with replacement.

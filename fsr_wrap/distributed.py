@@ -24,10 +24,23 @@ def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor summed over the processes, by one all-reduce of all of them."""
     if world_size() == 1:
         return tensors
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-    dist.all_reduce(flat)
+    flat = sum_in_place(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def sum_in_place(tensor: Tensor) -> Tensor:
+    """The tensor, summed over the processes where it stands."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_in_place(tensor: Tensor) -> Tensor:
+    """The tensor, its largest values over the processes where it stands."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
 
 
 def gather_all(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .distributed import rank, sum_in_place
 from .functional import cross_entropy
 
 
@@ -148,6 +149,18 @@ class ScoreTable:
         self.label[row] = label.to(self.label.dtype)
         self.epoch[row] = min(epoch, torch.iinfo(torch.int16).max)
         return torch.where(keep, new, -torch.inf)
+
+    def merge(self, owner: Tensor, epoch: int) -> None:
+        """Takes each row from the process that owns it; the others' rows stay.
+
+        **Arguments:** `owner`, (N,) integers, -1 where no process visited the row in `epoch`.
+        """
+        mine, visited = owner == rank(), owner >= 0
+        for name in ("score", "label"):
+            column = getattr(self, name)[:-1]
+            merged = sum_in_place(torch.where(mine, column, 0))
+            column.copy_(torch.where(visited, merged, column))
+        self.epoch[:-1] = torch.where(visited, min(epoch, torch.iinfo(torch.int16).max), self.epoch[:-1])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The three columns, without the spare row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributed import rank, sum_in_place
 from .functional import relabel
 
 
@@ -62,6 +63,15 @@ class PseudoLabels:
         limit = torch.finfo(self.logits.dtype).max
         self.logits[torch.where(keep, index, self.logits.shape[0] - 1)] = new.clamp(-limit, limit).half()
         return target, stored.ne(0).any(1)
+
+    def merge(self, owner: Tensor, chunk: int = 2**24) -> None:
+        """Takes each row from the process that owns it; the others' rows stay. `owner` as in `ScoreTable.merge`."""
+        rows = max(1, chunk // self.logits.shape[1])
+        for start in range(0, len(owner), rows):
+            part = slice(start, min(start + rows, len(owner)))
+            values, of = self.logits[part], owner[part, None]
+            merged = sum_in_place(torch.where(of == rank(), values, 0).float())
+            values.copy_(torch.where(of >= 0, merged.half(), values))
 
     def state_dict(self) -> dict[str, Tensor]:
         """ŷ without the spare row."""

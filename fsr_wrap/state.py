@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import FSRConfig
 from .dictionary import RewardDictionary
+from .distributed import largest_in_place, rank, world_size
 from .pushers import ScoreTable
 from .relabel import PseudoLabels
 
@@ -82,13 +83,27 @@ class Memory:
 
     def end_epoch(self) -> None:
         """The best samples of the epoch become the dictionary (Eq. 4)."""
+        owner = self._merge() if world_size() > 1 else None
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
         current = min(self.epoch, torch.iinfo(torch.int16).max)
         carry = (members >= 0) & (last == current - 1)  # visited in the last epoch, and not in this one
         self.epoch += 1
         self.consumed = 0
-        self.dictionary.update(carry, self.generator(0))
+        self.dictionary.update(carry, self.generator(0), owner)
+
+    def _merge(self) -> Tensor:
+        """Brings what the processes saw in the epoch together; returns whose each row is, (N,), -1 for nobody's.
+
+        Of several processes that visited a sample, the last one's visit counts.
+        """
+        current = min(self.epoch, torch.iinfo(torch.int16).max)
+        visited = self.table.epoch[:-1] == current
+        owner = largest_in_place(torch.where(visited, rank(), -1).to(torch.int32))
+        self.table.merge(owner, self.epoch)
+        if self.pseudo is not None:
+            self.pseudo.merge(owner)
+        return owner
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""

@@ -277,6 +277,8 @@ class FSRWrapper(Optimizer):
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, for a tracker; synchronises with the device.
 
+        In several processes each reports its own part of the batches.
+
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
         (0 in warm-up), `fsr/zero_weight_ratio` (should come near the share of wrong labels),
         `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums:
@@ -348,8 +350,8 @@ class FSRWrapper(Optimizer):
             return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
         batch = self._accept(logits, target, index)
         self._prepare(batch)
-        loss = self._train(batch)
-        self._count(len(batch.index))
+        loss, size = self._train(batch)
+        self._count(int(size))
         return loss
 
     def end_epoch(self) -> None:
@@ -388,7 +390,8 @@ class FSRWrapper(Optimizer):
         share = functional.mixup_coefficients(uniform, self.config.mixup_beta)
         shape = (-1, *[1] * (inputs.ndim - 1))
         mixed = torch.lerp(inputs[partner], inputs, share.view(shape).to(inputs.dtype))
-        hard = functional.dense_target(target, share.new_zeros(len(target), self._num_classes()))
+        known = target.clamp(0, self._num_classes() - 1)  # loss() refuses the others
+        hard = functional.dense_target(known, share.new_zeros(len(target), self._num_classes()))
         soft = torch.lerp(hard[partner], hard, share[:, None])
         self._mixes.append(_Mix(mixed, soft, inputs, target, partner, share))
         return mixed, soft
@@ -412,6 +415,9 @@ class FSRWrapper(Optimizer):
                 f"loss() found no forward of this model that passed through the head {self._head.name!r}: call "
                 "model(x) with gradients before it. If the model was compiled, wrap it before its first call."
             )
+        inputs = pytree.tree_leaves((capture.args, capture.kwargs))
+        if mix is not None and not any(_same(leaf, mix.mixed) for leaf in inputs):
+            raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
         if self._memory.ready:
             self._memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
@@ -452,8 +458,8 @@ class FSRWrapper(Optimizer):
         self._checked = True
         self._memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
 
-    def _train(self, batch: _Accepted) -> Tensor:
-        """Values and weighs the batch; returns the loss to back-propagate."""
+    def _train(self, batch: _Accepted) -> tuple[Tensor, int | Tensor]:
+        """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
         dtype, config = meta_dtype(batch.logits), self.config
         smoothing = config.label_smoothing if batch.valid is None else 0.0  # masked targets are smooth already
         logits = batch.logits.to(dtype)
@@ -462,14 +468,16 @@ class FSRWrapper(Optimizer):
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             features = self._head.features(batch.capture.features, dtype)
             at_head = Batch(features, logits.detach(), target.detach(), smoothing)
-            weights, pseudo, share = self._value(batch, at_head, losses.detach())
+            weights, pseudo, share, size = self._value(batch, at_head, losses.detach())
         loss = (weights * losses).sum()
         if pseudo is not None and share is not None:
             loss = loss + config.relabel_weight * (share * functional.cross_entropy(logits, pseudo)).sum()
-        return loss * distributed.world_size()
+        return loss * distributed.world_size(), size
 
-    def _value(self, batch: _Accepted, at_head: Batch, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weights of the samples, their pseudo-labels, and how much each of these counts; updates what FSR knows."""
+    def _value(
+        self, batch: _Accepted, at_head: Batch, losses: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
+        """Weights of the samples, their pseudo-labels, how much each of these counts, and b; updates what FSR knows."""
         memory, active = self._memory, self.is_reweighting
         valid = torch.ones_like(losses, dtype=torch.bool) if batch.valid is None else batch.valid
         clean = self._clean(batch)
@@ -497,13 +505,14 @@ class FSRWrapper(Optimizer):
 
         self._weights = weights
         memory.steps += 1
-        seen_now = (weights * losses).sum(), reward_loss, (weights <= 0).sum() / len(weights)
+        world = distributed.world_size()
+        seen_now = world * (weights * losses).sum(), world * reward_loss, (weights <= 0).sum() / len(weights)
         spread = functional.effective_sample_size(weights), weights.amax() * size
         counts = (weights.amax() <= 0), (~valid).sum()
         memory.sums += torch.stack(
             [torch.as_tensor(value, device=weights.device) for value in (*seen_now, *spread, *counts)]
         )
-        return weights, pseudo, share
+        return weights, pseudo, share, size
 
     def _clean(self, batch: _Accepted) -> Capture:
         """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
@@ -511,12 +520,7 @@ class FSRWrapper(Optimizer):
         if mix is None:
             return capture
         leaves, tree = pytree.tree_flatten((capture.args, capture.kwargs))
-        mixed = [isinstance(leaf, Tensor) and leaf.data_ptr() == mix.mixed.data_ptr() for leaf in leaves]
-        if not any(mixed):
-            raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
-        args, kwargs = pytree.tree_unflatten(
-            [mix.inputs if hit else leaf for leaf, hit in zip(leaves, mixed, strict=True)], tree
-        )
+        args, kwargs = pytree.tree_unflatten([mix.inputs if _same(leaf, mix.mixed) else leaf for leaf in leaves], tree)
         return self._replay(args, kwargs, capture)
 
     def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Capture) -> Capture:
@@ -599,10 +603,10 @@ class FSRWrapper(Optimizer):
         weights = torch.where(total.isfinite(), weights, valid / size)  # a non-finite reward batch: plain training
         return weights if self.config.max_weight is None else weights.clamp(max=self.config.max_weight / size)
 
-    def _count(self, samples: int) -> None:
+    def _count(self, size: int) -> None:
         """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
         memory = self._memory
-        memory.consumed += samples * distributed.world_size()
+        memory.consumed += size
         if self._samples_per_epoch is not None:
             if memory.consumed >= self._samples_per_epoch:
                 self.end_epoch()
@@ -617,3 +621,7 @@ class FSRWrapper(Optimizer):
 
 def _is_batched(leaf: Any, batch_size: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch_size
+
+
+def _same(leaf: Any, tensor: Tensor) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape == tensor.shape and leaf.data_ptr() == tensor.data_ptr()
