@@ -120,13 +120,20 @@ class FSRWrapper(Optimizer):
         rows, length = (None, None) if dataset is None else sample_counts(dataset)
         core = unwrap(model)
         name, module = resolve_head(core, head)
+        total = num_samples or rows
+        if config.weight_rule == "clip" and total is not None and 2 * config.dictionary_size > total:
+            warnings.warn(
+                f"dictionary_size={config.dictionary_size} is more than half of the {total} samples, so the dictionary "
+                f"cannot leave the wrong labels out: pass about dictionary_size={max(1, total // 10)}.",
+                stacklevel=2,
+            )
 
         self.optimizer = optimizer
         self.config = config
         self._core = core
         self._head = Head(name, module)
         self._pusher: Pusher = config.get_pusher()
-        self._memory = Memory(config, num_samples or rows)
+        self._memory = Memory(config, total)
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._warned = False
         self._checked = False

@@ -89,7 +89,8 @@ def test_three_lines_of_the_readme_train() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_set = with_index(TensorDataset(x, y))
-    optimizer = FSRWrapper(model, optimizer, head="fc", dataset=train_set)
+    with pytest.warns(UserWarning, match="dictionary_size=40"):
+        optimizer = FSRWrapper(model, optimizer, head="fc", dataset=train_set)
     loader = DataLoader(train_set, batch_size=50, shuffle=True)
     losses = []
     for _ in range(8):
@@ -564,11 +565,12 @@ def test_loss_before_any_forward() -> None:
 
 def test_a_head_that_is_not_the_last_layer() -> None:
     model = Net()
-    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters()), head="body", num_samples=N)
+    options = {"num_samples": N, "dictionary_size": 100}
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters()), head="body", **options)
     with pytest.raises(ValueError, match=r"'body' \(Linear\) puts out \(50, 32\)"):
         fsr.loss(model(good()["x"]), good()["target"], good()["index"])
     model.scale = nn.Parameter(torch.tensor(3.0))  # type: ignore[assignment]
-    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters()), head="fc", num_samples=N)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters()), head="fc", **options)
     with pytest.raises(ValueError, match="other logits than those passed"):
         fsr.loss(model(good()["x"]) * model.scale, good()["target"], good()["index"])
 
@@ -649,7 +651,7 @@ def test_fresh_refuses_another_input_shape_before_anything_changes() -> None:
 
     model = Pooled(norm=False)
     inner = torch.optim.SGD(model.parameters(), 0.1)
-    fsr = FSRWrapper(model, inner, num_samples=N, reward="fresh")
+    fsr = FSRWrapper(model, inner, num_samples=N, reward="fresh", dictionary_size=100)
     x, y, _ = digits()
     step(model, fsr, x[:50], y[:50], torch.arange(50))
     logits = model(F.pad(x[:50], (0, 3)))

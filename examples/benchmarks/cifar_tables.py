@@ -71,13 +71,17 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="default: all")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; runs that are in it already are not run again")
     options, rest = parser.parse_known_args()
     methods = {name: flags for name, flags in METHODS[options.task].items() if name in (options.methods or [name])}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    if options.out and options.out.exists():  # a run that was cut short goes on
+        results |= json.loads(options.out.read_text())["results"]
     for seed in options.seeds:
         data = None
         for name, flags in methods.items():
+            if any(run["seed"] == seed for run in results[name]):
+                continue
             command = ["--data", options.data, "--seed", str(seed), *COMMON, *TASKS[options.task], *flags, *rest]
             args = cifar.parse(command)
             data = data or cifar.read(args)
