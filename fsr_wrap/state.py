@@ -1,164 +1,85 @@
-"""What FSR remembers between steps: scores, dictionary, pseudo-labels, counters; as plain tensors and numbers."""
+"""State dicts in and out of one safetensors file: nothing is pickled, and a file is whole or not there."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import os
+from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import FSRConfig
-from .dictionary import RewardDictionary
-from .distributed import largest_in_place, rank, world_size
-from .pushers import ScoreTable
-from .relabel import PseudoLabels
-
-STATE_VERSION = 1
-METRICS = (
-    "loss",
-    "reward_loss",
-    "zero_weight_ratio",
-    "effective_sample_size",
-    "max_weight",
-    "all_zero_batches",
-    "skipped_samples",
-)
-_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps")
+FILE_NAME = "fsr.safetensors"
+_KEY = "fsr_wrap"
 
 
-class Memory:
-    """Everything that FSR carries from one step to the next.
+def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
+    """Writes a state dict of tensors, numbers, strings, lists, tuples and dicts to `folder/fsr.safetensors`.
 
-    The tables are made at the first batch, when the number of classes and the device are known.
+    The tensors are the file's own; all else is JSON in its header. It is written under another name and renamed, so
+    that a file of that name is always whole.
 
-    **Arguments:** `config`; `num_samples`, N, or None if it is not known.
+    **Returns:** the file. **Raises:** `TypeError` for a value of another kind; nothing is then written.
     """
-
-    table: ScoreTable
-    dictionary: RewardDictionary
-    pseudo: PseudoLabels | None
-    sums: Tensor
-
-    def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
-        self.config, self.num_samples = config, num_samples
-        self.ready = False
-        self.epoch = 0  # epochs ended
-        self.consumed = 0  # samples since, over all processes
-        self.draws = 0
-        self.largest = -1  # index seen
-        self.steps = 0  # since the metrics were read
-
-    @property
-    def num_classes(self) -> int | None:
-        """C, or None before the first batch."""
-        return self.dictionary.num_classes if self.ready else None
-
-    def prepare(self, index: Tensor, num_classes: int, device: torch.device) -> None:
-        """Makes the tables for the first batch; later makes room in them, and moves them to the batch's device."""
-        if self.num_samples is None:
-            self.largest = max(self.largest, int(index.max()))
-        rows = self.num_samples or self.largest + 1
-        if not self.ready:
-            self._make(rows, num_classes, device)
-        if self.table.score.device != device:
-            self.table.to(device)
-            self.dictionary.to(device)
-            if self.pseudo is not None:
-                self.pseudo.to(device)
-            self.sums = self.sums.to(device)
-        self.table.grow(rows)
-        if self.pseudo is not None:
-            self.pseudo.grow(rows)
-
-    def _make(self, rows: int, num_classes: int, device: torch.device | str) -> None:
-        config = self.config
-        self.pseudo = None
-        if config.relabel_weight > 0:
-            self.pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_temperature, device)
-        self.table = ScoreTable(rows, config.score_momentum, device)
-        self.dictionary = RewardDictionary(num_classes, config.dictionary_size, device=device)
-        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.ready = True
-
-    def end_epoch(self) -> None:
-        """The best samples of the epoch become the dictionary (Eq. 4)."""
-        owner = self._merge() if world_size() > 1 else None
-        members = self.dictionary.slots
-        last = self.table.epoch[members.clamp(min=0)]
-        current = min(self.epoch, torch.iinfo(torch.int16).max)
-        carry = (members >= 0) & (last == current - 1)  # visited in the last epoch, and not in this one
-        self.epoch += 1
-        self.consumed = 0
-        self.dictionary.update(carry, self.generator(0), owner)
-
-    def _merge(self) -> Tensor:
-        """Brings what the processes saw in the epoch together; returns whose each row is, (N,), -1 for nobody's.
-
-        Of several processes that visited a sample, the last one's visit counts.
-        """
-        current = min(self.epoch, torch.iinfo(torch.int16).max)
-        visited = self.table.epoch[:-1] == current
-        owner = largest_in_place(torch.where(visited, rank(), -1).to(torch.int32))
-        self.table.merge(owner, self.epoch)
-        if self.pseudo is not None:
-            self.pseudo.merge(owner)
-        return owner
-
-    def generator(self, stream: int) -> torch.Generator:
-        """A generator that depends on seed, count and stream alone, so that there is none to save."""
-        self.draws += 1
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.draws) * 4096 + stream)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, numbers and strings; copies."""
-        config = {**asdict(self.config), "pusher": pusher_name(self.config)}
-        state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
-        state |= {name: getattr(self, name) for name in _NUMBERS}
-        if self.ready:
-            state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}
-            state |= {"sums": self.sums.clone()}
-            if self.pseudo is not None:
-                state["pseudo"] = self.pseudo.state_dict()
-        return state
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], config: FSRConfig, num_samples: int | None) -> Memory:
-        """The memory that `state_dict` described, for a run with this configuration.
-
-        **Raises:** `ValueError` if it belongs to a newer format, another data set or a configuration that stores
-        something else.
-        """
-        if state["version"] > STATE_VERSION:
-            raise ValueError(
-                f"The checkpoint has FSR's state in format {state['version']}; this fsr_wrap reads up to "
-                f"{STATE_VERSION}. Update fsr_wrap."
-            )
-        if num_samples is not None and state["num_samples"] not in (None, num_samples):
-            raise ValueError(
-                f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}."
-            )
-        for name in ("dictionary_size", "reward"):
-            saved, live = state["config"][name], getattr(config, name)
-            if saved != live:
-                raise ValueError(
-                    f"The checkpoint was made with {name}={saved!r}, this run has {live!r}: pass {saved!r}."
-                )
-        self = cls(config, num_samples)
-        for name in _NUMBERS:
-            setattr(self, name, state[name])
-        if "table" in state:
-            rows = state["table"]["score"].shape[0]
-            dictionary = RewardDictionary.from_state_dict(state["dictionary"])
-            self._make(rows, dictionary.num_classes, state["table"]["score"].device)
-            self.dictionary = dictionary
-            self.table.load_state_dict(state["table"])
-            self.sums.copy_(state["sums"])
-            if self.pseudo is not None and "pseudo" in state:
-                self.pseudo.load_state_dict(state["pseudo"])
-        return self
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_take_apart(state, "", tensors))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    final, partial = folder / FILE_NAME, folder / f".{FILE_NAME}.{os.getpid()}"
+    try:
+        save_file(tensors, partial, metadata={_KEY: skeleton})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+    return final
 
 
-def pusher_name(config: FSRConfig) -> str:
-    """The pusher as a string."""
-    return config.pusher if isinstance(config.pusher, str) else type(config.pusher).__name__
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state dict that `write_state` wrote, on the host.
+
+    **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged or of something else.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: give the folder that save() wrote to.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            skeleton = (file.metadata() or {})[_KEY]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = _put_together(json.loads(skeleton), tensors)
+    except (SafetensorError, KeyError, TypeError, IndexError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or not a file of save(): {error!r}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: it holds no state dict.")
+    return state
+
+
+def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON, with its tensors put into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _take_apart(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_take_apart(item, f"{name}/{number}", tensors) for number, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"save() writes tensors, numbers and strings; {name} is a {type(value).__name__}.")
+
+
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _put_together(item, tensors) for key, item in content}
+    items = [_put_together(item, tensors) for item in content]
+    return {"tuple": tuple, "list": list}[kind](items)

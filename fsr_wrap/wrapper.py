@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -33,8 +34,9 @@ from .heads import (
     resolve_head,
     unwrap,
 )
+from .memory import METRICS, Memory
 from .pushers import Pusher, Visit
-from .state import METRICS, Memory
+from .state import read_state, write_state
 
 
 @dataclass
@@ -328,6 +330,21 @@ class FSRWrapper(Optimizer):
             memory = Memory.from_state_dict(state, self.config, self._memory.num_samples)
         self.optimizer.load_state_dict(state_dict)
         self._memory = memory
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `state_dict()` to `folder/fsr.safetensors`, without pickle; a file of that name is always whole.
+
+        In several processes call it in one of them.
+        """
+        write_state(folder, self.state_dict())
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Loads what `save` wrote to the folder.
+
+        **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged, or as in `load_state_dict`. The wrapper is
+        then as it was.
+        """
+        self.load_state_dict(read_state(folder))
 
     # --- the step ----------------------------------------------------------------------------------------------------
 

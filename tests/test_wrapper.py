@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,11 +74,18 @@ def train(model: nn.Module, fsr: FSRWrapper, epochs: int = 2, noise: float = 0.0
     return losses
 
 
-def snapshot(model: nn.Module, fsr: FSRWrapper) -> bytes:
-    """Everything that bad input must leave alone, byte for byte."""
-    buffer = io.BytesIO()
-    torch.save((model.state_dict(), fsr.state_dict(), [p.grad for p in model.parameters()]), buffer)
-    return buffer.getvalue()
+def frozen(value: Any) -> Any:
+    """The value as something that compares bit by bit, also where it holds NaN."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.detach().contiguous().view(-1).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def snapshot(model: nn.Module, fsr: FSRWrapper) -> Any:
+    """Everything that bad input must leave alone, bit by bit."""
+    return frozen([dict(model.state_dict()), fsr.state_dict(), [p.grad for p in model.parameters()]])
 
 
 # --- the optimizer's face --------------------------------------------------------------------------------------------
@@ -712,6 +720,50 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
         _, other = make(**options)
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
+    assert snapshot(model, fsr) == before
+
+
+@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW])
+def test_save_and_load_without_pickle(build: Any, tmp_path: Path) -> None:
+    models, wrappers = [], []
+    for seed in (0, 5):
+        model, fsr = make(seed=seed)
+        fsr.optimizer = build(model.parameters(), lr=0.01)
+        models.append(model)
+        wrappers.append(fsr)
+    train(models[0], wrappers[0], 2, 0.3, batch_size=48)
+    wrappers[0].save(tmp_path)
+    models[1].load_state_dict(models[0].state_dict())
+    wrappers[1].load(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["fsr.safetensors"]
+    assert snapshot(models[0], wrappers[0]) == snapshot(models[1], wrappers[1])
+    assert train(models[0], wrappers[0], 1, 0.3) == train(models[1], wrappers[1], 1, 0.3)
+
+
+def test_a_failed_save_keeps_the_last_one(tmp_path: Path) -> None:
+    model, fsr = make()
+    train(model, fsr, 1)
+    fsr.save(tmp_path)
+    kept = (tmp_path / "fsr.safetensors").read_bytes()
+    fsr.param_groups[0]["strange"] = object()
+    with pytest.raises(TypeError, match="strange is a object"):
+        fsr.save(tmp_path)
+    assert (tmp_path / "fsr.safetensors").read_bytes() == kept
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    model, fsr = make()
+    train(model, fsr, 2)
+    fsr.save(tmp_path)
+    path = tmp_path / "fsr.safetensors"
+    good_bytes, before = path.read_bytes(), snapshot(model, fsr)
+    for damaged in (b"", good_bytes[:100], good_bytes[:-7], b"\xff" * 8 + good_bytes[8:], good_bytes[200:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            fsr.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="save"):
+        fsr.load(tmp_path / "nowhere")
     assert snapshot(model, fsr) == before
 
 

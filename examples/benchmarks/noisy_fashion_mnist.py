@@ -64,6 +64,7 @@ METHODS = {
 class Result:
     """What one run gave."""
 
+    seed: int
     last: float
     best: float
     seconds: float
@@ -166,7 +167,7 @@ def train(method: Method, data: Data, seed: int, epochs: int) -> Result:
             scheduler.step()
         seconds += time.perf_counter() - start
         curve.append(evaluate(model, data))
-    result = Result(curve[-1], max(curve), seconds, curve=curve)
+    result = Result(seed, curve[-1], max(curve), seconds, curve=curve)
     if fsr is not None:
         members = fsr.dictionary.index
         result.weight_on_wrong = on_wrong
@@ -200,33 +201,45 @@ def table(results: dict[str, dict[str, list[Result]]]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path | None, epochs: int, results: dict[str, dict[str, list[Result]]]) -> None:
+    """All runs so far, as JSON."""
+    if path:
+        plain = {
+            noise: {key: [vars(run) for run in runs] for key, runs in rows.items()} for noise, rows in results.items()
+        }
+        path.write_text(json.dumps({"epochs": epochs, "results": plain}, indent=1))
+
+
 def main() -> None:
     """Runs every method at every noise rate over the seeds; writes JSON, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder of the four gzipped IDX files; default: the hub")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.4, 0.0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"], help="at noise 0")
+    parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--out", type=Path, help="JSON; runs that are in it already are not run again")
     args = parser.parse_args()
     arrays = read_images(args.data_dir)
     results: dict[str, dict[str, list[Result]]] = {}
+    if args.out and args.out.exists():  # a run that was cut short goes on
+        saved = json.loads(args.out.read_text())["results"]
+        results = {
+            noise: {key: [Result(**run) for run in runs] for key, runs in rows.items()} for noise, rows in saved.items()
+        }
     for noise in args.noise:
         methods = args.methods if noise else args.clean_methods
-        rows: dict[str, list[Result]] = {method: [] for method in methods}
+        rows = results.setdefault(str(noise), {})
         for seed in args.seeds:  # methods interleaved, so that a slow spell hits them all
             data = make_data(arrays, noise, seed)
             for method in methods:
-                rows[method].append(train(METHODS[method], data, seed, args.epochs))
-                print(noise, seed, METHODS[method].name, round(rows[method][-1].last, 4), flush=True)
-        results[str(noise)] = rows
-    if args.out:
-        plain = {
-            noise: {key: [vars(run) for run in runs] for key, runs in rows.items()} for noise, rows in results.items()
-        }
-        args.out.write_text(json.dumps({"epochs": args.epochs, "seeds": args.seeds, "results": plain}, indent=1))
+                runs = rows.setdefault(method, [])
+                if any(run.seed == seed for run in runs):
+                    continue
+                runs.append(train(METHODS[method], data, seed, args.epochs))
+                print(noise, seed, METHODS[method].name, round(runs[-1].last, 4), flush=True)
+                write(args.out, args.epochs, results)
     print(table(results))
 
 
