@@ -65,7 +65,7 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
 
 
 def find_problems(
-    logits: Tensor, features: Tensor, label: Tensor, index: Tensor, rows: int
+    logits: Tensor, features: Tensor, target: Tensor, label: Tensor, index: Tensor, rows: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Which samples have values out of range.
 
@@ -73,6 +73,8 @@ def find_problems(
     """
     finite = logits.detach().float().sum(1).isfinite() & features.flatten(1).float().sum(1).isfinite()
     good_label = (label >= 0) & (label < logits.shape[1])
+    if target.ndim == 2:
+        good_label &= (target >= 0).all(1) & target.sum(1).isfinite()
     good_index = (index >= 0) & (index < rows)
     problems = {"label": ~good_label, "index": ~good_index, "non-finite": ~finite}
     return {name: bad.sum() for name, bad in problems.items()}, finite & good_label & good_index

@@ -130,9 +130,10 @@ class Reweighting:
             self.memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
         rows = self.memory.num_samples or INDEX_LIMIT
-        problems, valid = find_problems(logits, capture.features, label, index, rows)
+        problems, valid = find_problems(logits, capture.features, target, label, index, rows)
         messages = {
-            "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits.",
+            "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or soft targets that are "
+            "negative, NaN or infinite.",
             "index": f"an index outside [0, {rows}). Pass dataset= or num_samples= of the whole data set.",
             "non-finite": "NaN or infinite logits or features. Lower the learning rate, or pass nonfinite='skip'.",
         }
@@ -144,7 +145,8 @@ class Reweighting:
             return _Accepted(logits, target, label, index, capture, mix, None)
         index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
         logits = torch.where(valid[:, None], logits, 0)
-        soft = functional.dense_target(label if target.ndim == 1 else target, logits.detach().to(meta_dtype(logits)))
+        hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
+        soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
         soft = functional.dense_target(soft, logits, self.config.label_smoothing) * valid[:, None]
         features = capture.features
         features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)

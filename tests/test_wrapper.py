@@ -525,6 +525,8 @@ BAD_INPUT = {
     "label negative": ({"target": torch.full((50,), -100)}, ValueError, "label outside"),
     "labels of int32": ({"target": torch.zeros(50, dtype=torch.int32)}, ValueError, "int64 class numbers"),
     "soft targets of other classes": ({"target": torch.rand(50, 9)}, ValueError, "Soft targets must be"),
+    "soft targets with NaN": ({"target": torch.full((50, 10), torch.nan)}, ValueError, "soft targets that are"),
+    "soft targets below zero": ({"target": torch.full((50, 10), -0.1)}, ValueError, "soft targets that are"),
     "no tensor as target": ({"target": [0] * 50}, TypeError, "target must be a tensor"),
     "other classes than before": ({"logits": torch.zeros(50, 9)}, ValueError, "9 classes, but 10 before"),
     "logits of three dimensions": ({"logits": torch.zeros(50, 10, 1)}, ValueError, r"logits must be \(b, C\)"),
