@@ -95,97 +95,75 @@ class FSRWrapper(Optimizer):
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._warned = False
 
-    # --- the optimizer's face ----------------------------------------------------------------------------------------
+    # --- the step ----------------------------------------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's own."""
-        return self.optimizer.param_groups
+    def loss(self, logits: Any, target: Tensor, index: Tensor) -> Tensor:
+        """The loss to back-propagate, in place of cross-entropy: Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
 
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
+        It also values the batch, offers it to the dictionary and counts the epoch; it leaves gradients, RNG streams,
+        BatchNorm statistics and train/eval flags alone. Without gradients (`torch.no_grad()`) it is the plain mean
+        cross-entropy and leaves no trace.
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's own."""
-        return self.optimizer.state
+        **Arguments:**
 
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
+        - `logits`: (b, C) as they leave the model, or a Hugging Face model output that has `logits`.
+        - `target`: (b,) int64 class numbers, or (b, C) soft targets, from `mixup` or your own (of those the largest
+            entry is the class that scores and dictionary see).
+        - `index`: (b,) integers, the samples' indices in [0, N).
 
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's own."""
-        return self.optimizer.defaults
+        **Returns:** a scalar. In several processes it is scaled so that DDP's averaging gives the global loss.
 
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
+        **Raises:** `ValueError` or `TypeError` for input of a wrong shape, dtype or range, or of another number of
+        classes than before, or NaN or infinite; `RuntimeError` if no forward of the model preceded. Nothing has then
+        changed. On an accelerator, where looking would wait for the device, values out of range are left out of the
+        step at once and raised at the next call.
+        """
+        logits = as_logits(logits)
+        if not torch.is_grad_enabled():
+            return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
+        loss, size = self._reweighting.loss(logits, target, index)
+        self._count(size)
+        return loss
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The inner optimizer's step. With `closure`, the closure calls `loss()` as usual."""
-        return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
+    def end_epoch(self) -> None:
+        """Ends the epoch now: the best samples become the dictionary (Eq. 4). Does nothing if none came since the last.
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The inner optimizer's `zero_grad`."""
-        self.optimizer.zero_grad(set_to_none)
+        Needed only where the number of samples an epoch is not known, or an epoch shall end early.
+        """
+        if self._memory.ready and self._memory.consumed > 0:
+            self._memory.end_epoch()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The inner optimizer's `add_param_group`."""
-        self.optimizer.add_param_group(param_group)
+    def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes a batch (MixUp as released: each sample with a partner, m = max(U²/2, 1 − U²/2)).
 
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        """The inner optimizer's; the hook is given the inner optimizer."""
-        return self.optimizer.register_step_pre_hook(hook)
+        Pass the mixed inputs to the model and the target to [`loss`][fsr_wrap.FSRWrapper.loss], both as they are
+        returned. The clean inputs and labels are kept for scores, re-labelling and dictionary: `loss` runs the model
+        on them once more, without gradients, which costs about a third of a plain step.
 
-    def register_step_post_hook(self, hook: Any) -> Any:
-        """The inner optimizer's; the hook is given the inner optimizer."""
-        return self.optimizer.register_step_post_hook(hook)
+        **Arguments:** `inputs` (b, ...) floating point, the model's only tensor input or one of several;
+        `target` (b,) int64 class numbers.
 
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The inner optimizer's."""
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+        **Returns:** the mixed inputs, and the target: (b, C) soft targets if the number of classes is known, that is
+        from the second batch on or where the head is linear.
 
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The inner optimizer's."""
-        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+        **Raises:** `TypeError` or `ValueError` for inputs that cannot be mixed.
+        """
+        return self._reweighting.mixup(inputs, target)
 
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The inner optimizer's."""
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The inner optimizer's."""
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not there yet: while unpickling
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    # GradScaler hands these to fused optimizers by setting and deleting them.
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("grad_scale", "found_inf"):
-            setattr(self.optimizer, name, value)
-        else:
-            object.__setattr__(self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in ("grad_scale", "found_inf"):
-            delattr(self.optimizer, name)
-        else:
-            object.__delattr__(self, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __repr__(self) -> str:
-        return f"FSRWrapper(head={self.head!r}, epoch={self.epoch}, config={self.config})\n{self.optimizer!r}"
+    def _count(self, size: int) -> None:
+        """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
+        memory = self._memory
+        memory.consumed += size
+        if self._samples_per_epoch is not None:
+            if memory.consumed >= self._samples_per_epoch:
+                self.end_epoch()
+        elif memory.epoch == 0 and memory.consumed >= 2 * (memory.largest + 1) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The samples seem to come again, but no epoch has ended, so there is no reward data and nothing is "
+                "re-weighted: pass dataset= or num_samples= to FSRWrapper, or call end_epoch() after each epoch.",
+                stacklevel=3,
+            )
 
     # --- what FSR knows ----------------------------------------------------------------------------------------------
 
@@ -293,72 +271,94 @@ class FSRWrapper(Optimizer):
         """
         self.load_state_dict(read_state(folder))
 
-    # --- the step ----------------------------------------------------------------------------------------------------
+    # --- the optimizer's face ----------------------------------------------------------------------------------------
 
-    def loss(self, logits: Any, target: Tensor, index: Tensor) -> Tensor:
-        """The loss to back-propagate, in place of cross-entropy: Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's own."""
+        return self.optimizer.param_groups
 
-        It also values the batch, offers it to the dictionary and counts the epoch; it leaves gradients, RNG streams,
-        BatchNorm statistics and train/eval flags alone. Without gradients (`torch.no_grad()`) it is the plain mean
-        cross-entropy and leaves no trace.
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
 
-        **Arguments:**
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's own."""
+        return self.optimizer.state
 
-        - `logits`: (b, C) as they leave the model, or a Hugging Face model output that has `logits`.
-        - `target`: (b,) int64 class numbers, or (b, C) soft targets, from `mixup` or your own (of those the largest
-            entry is the class that scores and dictionary see).
-        - `index`: (b,) integers, the samples' indices in [0, N).
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
 
-        **Returns:** a scalar. In several processes it is scaled so that DDP's averaging gives the global loss.
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's own."""
+        return self.optimizer.defaults
 
-        **Raises:** `ValueError` or `TypeError` for input of a wrong shape, dtype or range, or of another number of
-        classes than before, or NaN or infinite; `RuntimeError` if no forward of the model preceded. Nothing has then
-        changed. On an accelerator, where looking would wait for the device, values out of range are left out of the
-        step at once and raised at the next call.
-        """
-        logits = as_logits(logits)
-        if not torch.is_grad_enabled():
-            return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
-        loss, size = self._reweighting.loss(logits, target, index)
-        self._count(size)
-        return loss
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
 
-    def end_epoch(self) -> None:
-        """Ends the epoch now: the best samples become the dictionary (Eq. 4). Does nothing if none came since the last.
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The inner optimizer's step. With `closure`, the closure calls `loss()` as usual."""
+        return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
 
-        Needed only where the number of samples an epoch is not known, or an epoch shall end early.
-        """
-        if self._memory.ready and self._memory.consumed > 0:
-            self._memory.end_epoch()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The inner optimizer's `zero_grad`."""
+        self.optimizer.zero_grad(set_to_none)
 
-    def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes a batch (MixUp as released: each sample with a partner, m = max(U²/2, 1 − U²/2)).
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The inner optimizer's `add_param_group`."""
+        self.optimizer.add_param_group(param_group)
 
-        Pass the mixed inputs to the model and the target to [`loss`][fsr_wrap.FSRWrapper.loss], both as they are
-        returned. The clean inputs and labels are kept for scores, re-labelling and dictionary: `loss` runs the model
-        on them once more, without gradients, which costs about a third of a plain step.
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """The inner optimizer's; the hook is given the inner optimizer."""
+        return self.optimizer.register_step_pre_hook(hook)
 
-        **Arguments:** `inputs` (b, ...) floating point, the model's only tensor input or one of several;
-        `target` (b,) int64 class numbers.
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """The inner optimizer's; the hook is given the inner optimizer."""
+        return self.optimizer.register_step_post_hook(hook)
 
-        **Returns:** the mixed inputs, and the target: (b, C) soft targets if the number of classes is known, that is
-        from the second batch on or where the head is linear.
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The inner optimizer's."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
 
-        **Raises:** `TypeError` or `ValueError` for inputs that cannot be mixed.
-        """
-        return self._reweighting.mixup(inputs, target)
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The inner optimizer's."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
 
-    def _count(self, size: int) -> None:
-        """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
-        memory = self._memory
-        memory.consumed += size
-        if self._samples_per_epoch is not None:
-            if memory.consumed >= self._samples_per_epoch:
-                self.end_epoch()
-        elif memory.epoch == 0 and memory.consumed >= 2 * (memory.largest + 1) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "The samples seem to come again, but no epoch has ended, so there is no reward data and nothing is "
-                "re-weighted: pass dataset= or num_samples= to FSRWrapper, or call end_epoch() after each epoch.",
-                stacklevel=3,
-            )
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The inner optimizer's."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The inner optimizer's."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not there yet: while unpickling
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    # GradScaler hands these to fused optimizers by setting and deleting them.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("grad_scale", "found_inf"):
+            setattr(self.optimizer, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("grad_scale", "found_inf"):
+            delattr(self.optimizer, name)
+        else:
+            object.__delattr__(self, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        return f"FSRWrapper(head={self.head!r}, epoch={self.epoch}, config={self.config})\n{self.optimizer!r}"
