@@ -170,6 +170,16 @@ def linear_meta_gradient(
     return lr * ((_gram(features, reward_features, bias) @ reward_residual) * residual).sum(1)
 
 
+def linear_meta_gradient_along(features: Tensor, residual: Tensor, gradient: Params, *, lr: float) -> Tensor:
+    """η ⟨G, ∇_φ ℓ_i⟩ of a linear head where G is at hand, summed over processes, say: η Σ_c E_ic (G_W h_i + G_b)_c.
+
+    **Arguments:** `features` h (b, d), `residual` E (b, C); `gradient`, G: `weight` (C, d) and perhaps `bias` (C,).
+
+    **Returns:** (b,).
+    """
+    return lr * (F.linear(features, gradient["weight"], gradient.get("bias")) * residual).sum(1)
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 

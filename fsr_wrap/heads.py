@@ -287,17 +287,17 @@ class FunctionalStep:
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
         where, smoothing = (reward.features, reward.label), reward.label_smoothing
         total = self._reduce(fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing))
+        gradient = {name: value / reward.batch_size for name, value in total.items()}
         losses = fsr.cross_entropy(self._head.call(self._ahead, reward.features), reward.label, smoothing)
-        scores = fsr.meta_gradient(
-            self._head.call,
-            self._params,
-            self._batch.features,
-            self._batch.target,
-            {name: value / reward.batch_size for name, value in total.items()},
-            lr=self._lr,
-            label_smoothing=self._batch.label_smoothing,
-        )
-        return scores, losses.sum() / reward.batch_size
+        return self._along(gradient), losses.sum() / reward.batch_size
+
+    def _along(self, gradient: Params) -> Tensor:
+        batch, smoothing = self._batch, self._batch.label_smoothing
+        if self._head.is_linear:
+            residual = fsr.residual(batch.logits, batch.target, smoothing)
+            return fsr.linear_meta_gradient_along(batch.features, residual, gradient, lr=self._lr)
+        where = (batch.features, batch.target, gradient)
+        return fsr.meta_gradient(self._head.call, self._params, *where, lr=self._lr, label_smoothing=smoothing)
 
 
 class Head:

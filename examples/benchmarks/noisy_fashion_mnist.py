@@ -42,17 +42,11 @@ class Method:
 
 METHODS = {
     "ce": Method("cross-entropy"),
-    "relabel": Method("re-labelling only", {"warmup_epochs": 10_000}),
+    "relabel": Method("re-labelling only", {"weight_rule": "uniform"}),
     "meta-margin": Method(
         "FSR, literal Eq. 5 margin, fresh", {"pusher": "meta_margin", "reward": "fresh", "relabel_weight": 0.0}
     ),
-    "negative-loss-fresh": Method(
-        "FSR, negative loss, fresh", {"pusher": "negative_loss", "reward": "fresh", "relabel_weight": 0.0}
-    ),
     "negative-loss": Method("FSR, negative loss, cached", {"pusher": "negative_loss", "relabel_weight": 0.0}),
-    "paper-fresh": Method(
-        "FSR, authors' margin + MixUp + re-labelling, fresh", {"pusher": "authors_margin", "reward": "fresh"}, True
-    ),
     "paper": Method("FSR, authors' margin + MixUp + re-labelling, cached", {"pusher": "authors_margin"}, True),
     "no-relabel": Method("FSR, area under margin, cached", {"relabel_weight": 0.0}),
     "default-fresh": Method("FSR, default but fresh", {"reward": "fresh"}),
@@ -216,7 +210,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of the four gzipped IDX files; default: the hub")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.4, 0.0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"])
+    parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"], help="at noise 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--out", type=Path, help="JSON; runs that are in it already are not run again")
