@@ -59,6 +59,8 @@ def table(task: str, results: dict[str, list[dict[str, Any]]]) -> str:
         columns |= {"many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
     lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, runs in results.items():
+        if not runs:
+            continue
         cells = [summary([run[key] for run in runs]) if key in runs[0] else "" for key in columns]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines)
