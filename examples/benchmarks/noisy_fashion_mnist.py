@@ -179,19 +179,17 @@ def spread(values: list[float]) -> str:
 def table(results: dict[str, dict[str, list[Result]]]) -> str:
     """A Markdown table, a row a method and noise rate."""
     lines = [
-        "| noise | method | last accuracy | best | weight on wrong | dictionary purity | time, CE = 1 |",
-        "|---|---|---|---|---|---|---|",
+        "| noise | method | last accuracy | best | weight on wrong | dictionary purity |",
+        "|---|---|---|---|---|---|",
     ]
     for noise, rows in results.items():
-        base = statistics.median(run.seconds for run in rows["ce"]) if "ce" in rows else None
-        for key, runs in rows.items():
-            ratio = f"{statistics.median(run.seconds for run in runs) / base:.2f}" if base else ""
+        for key, runs in ((key, rows[key]) for key in METHODS if rows.get(key)):
             optional = [
                 "" if runs[0].weight_on_wrong is None else f"{statistics.mean(getattr(r, name) for r in runs):.3f}"
                 for name in ("weight_on_wrong", "purity")
             ]
             accuracies = spread([run.last for run in runs]), spread([run.best for run in runs])
-            lines.append(f"| {noise} | {METHODS[key].name} | {' | '.join([*accuracies, *optional, ratio])} |")
+            lines.append(f"| {noise} | {METHODS[key].name} | {' | '.join([*accuracies, *optional])} |")
     return "\n".join(lines)
 
 
@@ -225,7 +223,7 @@ def main() -> None:
     for noise in args.noise:
         methods = args.methods if noise else args.clean_methods
         rows = results.setdefault(str(noise), {})
-        for seed in args.seeds:  # methods interleaved, so that a slow spell hits them all
+        for seed in args.seeds:
             data = make_data(arrays, noise, seed)
             for method in methods:
                 runs = rows.setdefault(method, [])
