@@ -4,7 +4,7 @@ The first 20,000 images of a fixed permutation, labels redrawn uniformly from al
 `--noise`; an MLP (784-256-256-256-10, BatchNorm, ReLU), SGD 0.05, momentum 0.9, weight decay 5e-4, one-cycle, b = 100,
 30 epochs, no augmentation. Plain training memorises the noise here. Reported is the test accuracy at the *last* epoch.
 
-    python examples/benchmarks/noisy_fashion_mnist.py --data-dir /usr/share/datasets/fashion-mnist --out fashion.json
+    python examples/benchmarks/noisy_fashion_mnist.py --data-dir DIR --out fashion.json
 
 `--data-dir` holds the four gzipped IDX files; without it the data set comes from the Hugging Face hub.
 """
