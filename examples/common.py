@@ -1,20 +1,11 @@
-"""What the examples share: seeds, long-tailed class sizes, top-k and few-shot accuracy."""
+"""What the examples share: long-tailed class sizes, top-k and few-shot accuracy."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python's, NumPy's and torch's random numbers, on every device."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (libraries that draw from the global stream)
-    torch.manual_seed(seed)
 
 
 def long_tail_counts(n_max: int, num_classes: int, ratio: float) -> list[int]:

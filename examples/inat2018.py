@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
-from common import long_tail_counts, seed_everything, shot_accuracy, topk_correct
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from common import long_tail_counts, shot_accuracy, topk_correct
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -454,7 +454,7 @@ def main() -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         step_scheduler_with_optimizer=False,  # one step of the schedule a step, whatever the number of processes
     )
-    seed_everything(args.seed)
+    set_seed(args.seed)
     try:
         run = prepare(args, accelerator)
         restore(accelerator, run.progress, run.checkpoints, args)

@@ -109,11 +109,23 @@ def _add(sample: Any, index: int, column: str) -> Any:
     return sample, index
 
 
-class IndexedDataset(Dataset[Any]):
-    """A map-style data set whose samples carry their index; made by `with_index`."""
+class _Indexed:
+    """What both kinds share: everything but the samples is the data set's own."""
 
     def __init__(self, dataset: Any, column: str = "index"):
         self.dataset, self.column = dataset, column
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "column") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __repr__(self) -> str:
+        return f"with_index({self.dataset!r})"
+
+
+class IndexedDataset(_Indexed, Dataset[Any]):
+    """A map-style data set whose samples carry their index; made by `with_index`."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -124,34 +136,15 @@ class IndexedDataset(Dataset[Any]):
             position += len(self)
         return _add(self.dataset[index], position, self.column)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "column") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
-    def __repr__(self) -> str:
-        return f"with_index({self.dataset!r})"
-
-
-class IndexedIterableDataset(IterableDataset[Any]):
+class IndexedIterableDataset(_Indexed, IterableDataset[Any]):
     """An iterable data set whose samples carry their number; made by `with_index`."""
-
-    def __init__(self, dataset: Any, column: str = "index"):
-        self.dataset, self.column = dataset, column
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for count, sample in enumerate(self.dataset):
             yield _add(sample, start + count * step, self.column)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "column") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __repr__(self) -> str:
-        return f"with_index({self.dataset!r})"
 
 
 class _SizedIndexedIterableDataset(IndexedIterableDataset):

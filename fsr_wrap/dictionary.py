@@ -84,6 +84,7 @@ class RewardDictionary:
         self.quota = max(1, size // num_classes)
         self._capacity = num_classes * self.quota
         self._length = max(128, self._capacity // 4) if buffer is None else buffer
+        self._rows = 2 * self._capacity + self._length  # of the arena
         self._members = _Entries.empty(self._capacity, device)  # R_t, class by class, best first
         self._count = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self._best = _Entries.empty(self._capacity, device)  # top-k of this epoch so far
@@ -142,8 +143,7 @@ class RewardDictionary:
         **Raises:** `ValueError` if a payload's shape is another than at the first push.
         """
         if not self._arena:
-            rows = 2 * self._capacity + self._length
-            self._arena = tuple(tensor.new_zeros((rows, *tensor.shape[1:])) for tensor in payload)
+            self._arena = tuple(tensor.new_zeros((self._rows, *tensor.shape[1:])) for tensor in payload)
         self.check_payload(payload)
         for start in range(0, len(index), self._length):
             part = slice(start, start + self._length)
@@ -184,7 +184,7 @@ class RewardDictionary:
     def _clear_buffer(self, in_use: list[_Entries]) -> None:
         self._buffer.index.fill_(EMPTY)
         self._filled = 0
-        rows = 2 * self._capacity + self._length
+        rows = self._rows
         used = torch.zeros(rows + 1, dtype=torch.int8, device=self.device)
         for entries in in_use:
             used[torch.where(entries.index != EMPTY, entries.row, rows)] = 1
@@ -220,7 +220,7 @@ class RewardDictionary:
 
     def _gather(self, carried: _Entries | None, owner: Tensor) -> None:
         """Selects among the candidates of all processes, and fetches the payloads of those that were selected."""
-        rows = 2 * self._capacity + self._length
+        rows = self._rows
         best = self._best.where(owner[self._best.index.clamp(min=0)] == rank())
         best.row = best.row + rank() * rows  # which process has the payload
         everywhere = _Entries(**{name: gather_all(column).flatten() for name, column in best.columns().items()})

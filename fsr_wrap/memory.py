@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import largest_in_place, rank, world_size
-from .pushers import ScoreTable
+from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 
 STATE_VERSION = 1
@@ -86,8 +86,9 @@ class Memory:
         owner = self._merge() if world_size() > 1 else None
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
-        current = min(self.epoch, torch.iinfo(torch.int16).max)
-        carry = (members >= 0) & (last == current - 1)  # visited in the last epoch, and not in this one
+        carry = (members >= 0) & (
+            last == stored_epoch(self.epoch) - 1
+        )  # visited in the last epoch, and not in this one
         self.epoch += 1
         self.consumed = 0
         self.dictionary.update(carry, self.generator(0), owner)
@@ -97,8 +98,7 @@ class Memory:
 
         Of several processes that visited a sample, the last one's visit counts.
         """
-        current = min(self.epoch, torch.iinfo(torch.int16).max)
-        visited = self.table.epoch[:-1] == current
+        visited = self.table.epoch[:-1] == stored_epoch(self.epoch)
         owner = largest_in_place(torch.where(visited, rank(), -1).to(torch.int32))
         self.table.merge(owner, self.epoch)
         if self.pseudo is not None:

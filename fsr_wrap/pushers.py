@@ -98,6 +98,11 @@ def get_pusher(pusher: str | Pusher) -> Pusher:
     return pusher if isinstance(pusher, Pusher) else PUSHERS[pusher]()
 
 
+def stored_epoch(epoch: int) -> int:
+    """The epoch as the table stores it, in 16 bits."""
+    return min(epoch, torch.iinfo(torch.int16).max)
+
+
 class ScoreTable:
     """P̂, the given label and the last epoch of each sample: 10 bytes a sample.
 
@@ -147,7 +152,7 @@ class ScoreTable:
         row = torch.where(keep, index, self.num_samples)
         self.score[row] = new
         self.label[row] = label.to(self.label.dtype)
-        self.epoch[row] = min(epoch, torch.iinfo(torch.int16).max)
+        self.epoch[row] = stored_epoch(epoch)
         return torch.where(keep, new, -torch.inf)
 
     def merge(self, owner: Tensor, epoch: int) -> None:
@@ -160,7 +165,7 @@ class ScoreTable:
             column = getattr(self, name)[:-1]
             merged = sum_in_place(torch.where(mine, column, 0))
             column.copy_(torch.where(visited, merged, column))
-        self.epoch[:-1] = torch.where(visited, min(epoch, torch.iinfo(torch.int16).max), self.epoch[:-1])
+        self.epoch[:-1] = torch.where(visited, stored_epoch(epoch), self.epoch[:-1])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The three columns, without the spare row."""

@@ -300,7 +300,7 @@ class Reweighting:
             return valid / size
         if self.config.weight_rule == "clip":
             unnormalized = functional.clip_weights(scores)
-            total = distributed.sum_all({"total": unnormalized.sum()})["total"]
+            total = distributed.sum_in_place(unnormalized.sum())
         else:
             here = torch.stack(
                 [torch.where(valid, scores, torch.inf).amin(), scores.sum(), valid.sum().to(scores.dtype)]

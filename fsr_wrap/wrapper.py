@@ -250,9 +250,8 @@ class FSRWrapper(Optimizer):
         """
         state_dict = dict(state_dict)
         state = state_dict.pop("fsr", None)
-        memory = Memory(self.config, self._memory.num_samples)
-        if state is not None:
-            memory = Memory.from_state_dict(state, self.config, self._memory.num_samples)
+        fitting = self.config, self._memory.num_samples
+        memory = Memory(*fitting) if state is None else Memory.from_state_dict(state, *fitting)
         self.optimizer.load_state_dict(state_dict)
         self._reweighting.memory = memory
 
