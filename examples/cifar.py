@@ -6,33 +6,36 @@
 
 `--data` is a data set of the Hugging Face hub, or a folder that `datasets` can read: parquet files named train* and
 test*, or an imagefolder with train/ and test/. The images are decoded once, resized to `--image-size` and kept in
-memory. The task chooses the preset of Table 4 and the schedule; every choice has a flag.
+memory. The task chooses the preset of Table 4 and the schedule; every choice has a flag. With `--output-dir` a run that
+was stopped goes on bit for bit when it is called again with `--resume`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from checkpoints import Checkpoints, Progress, add_flags, get_settings
 from common import long_tail_counts, shot_accuracy
 from networks import make_network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 from fsr_wrap import FSRConfig, FSRWrapper, with_index
 
 # The released code's asymmetric noise on CIFAR-10: truck→automobile, bird→airplane, deer→horse, cat↔dog.
 CIFAR10_CONFUSIONS = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+MAY_CHANGE = {"data", "many_shot", "few_shot", "out", "quiet"}  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,15 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Measured(Progress):
+    """How far training is, the seed of the epoch's order, and what was measured so far."""
+
+    order: int = 0
+    curve: list[float] = field(default_factory=list)  # test accuracy after each epoch
+    metrics: dict[str, float] = field(default_factory=dict)  # FSR's own in the last epoch
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, device: torch.device) -> Tensor:
     """Whether each test image is classified rightly, (n,) bool on the host."""
@@ -188,8 +200,8 @@ def evaluate(model: nn.Module, data: Data, device: torch.device) -> Tensor:
 
 
 def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """Trains once and returns what was measured."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    """Trains once, or what is left of it, and returns what was measured."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, step_scheduler_with_optimizer=False)
     set_seed(args.seed)
     config = make_config(args)
     model = make_network(args.model, data.num_classes).to(memory_format=torch.channels_last)
@@ -198,31 +210,60 @@ def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     )
     train_set = with_index(TensorDataset(data.images, data.given))
     fsr = FSRWrapper(model, inner, dataset=train_set, config=config) if args.method == "fsr" else None
-    loader = DataLoader(train_set, args.batch_size, shuffle=True)
+    # Generators of its own, so that starting an epoch again leaves the global stream, which `augment` uses, alone.
+    order = RandomSampler(train_set, generator=torch.Generator())
+    loader = DataLoader(train_set, args.batch_size, sampler=order, generator=torch.Generator())
     model, optimizer, loader = accelerator.prepare(model, fsr or inner, loader)
-    schedule = make_schedule(args, optimizer.optimizer, len(loader))
-    curve, metrics = [], {}
-    bar = tqdm(range(args.epochs), disable=args.quiet or not accelerator.is_main_process, desc=args.method)
+    schedule = accelerator.prepare(make_schedule(args, optimizer.optimizer, len(loader)))
+    settings = get_settings(args, MAY_CHANGE, args.batch_size * accelerator.num_processes, data.given)
+    progress = Measured(settings, len(loader))
+    folder = args.output_dir and args.output_dir / "checkpoints"
+    checkpoints = Checkpoints(accelerator, progress, fsr, folder, args.checkpoint_steps, args.keep)
+    checkpoints.restore(args.resume)
+
+    epochs = range(progress.epoch, args.epochs)
+    quiet = args.quiet or not accelerator.is_main_process
+    bar = tqdm(epochs, initial=progress.epoch, total=args.epochs, disable=quiet, desc=args.method)
     for _ in bar:
-        for images, given, index in loader:
+        if progress.step == 0:
+            progress.order = draw_seed()
+        order.generator.manual_seed(progress.order)
+        for images, given, index in accelerator.skip_first_batches(loader, progress.step):
             loss = train_loss(args, config, model, fsr, augment(images, args.augment), given, index)
             accelerator.backward(loss)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        correct = evaluate(model, data, accelerator.device)
-        curve.append(correct.float().mean().item())
-        metrics = {} if fsr is None else fsr.metrics()
-        bar.set_postfix(test=f"{curve[-1]:.4f}", best=f"{max(curve):.4f}")
-    counts = torch.bincount(data.given, minlength=data.num_classes).tolist()
+            progress.step += 1
+            checkpoints.save_in_epoch()
+        progress.curve.append(evaluate(model, data, accelerator.device).float().mean().item())
+        progress.metrics = {} if fsr is None else fsr.metrics()
+        progress.end_epoch()
+        checkpoints.save()
+        bar.set_postfix(test=f"{progress.curve[-1]:.4f}", best=f"{max(progress.curve):.4f}")
+    correct = evaluate(model, data, accelerator.device) if args.imbalance > 1 else None
+    return summarise(args, data, progress, fsr, correct)
+
+
+def summarise(
+    args: argparse.Namespace, data: Data, progress: Measured, fsr: FSRWrapper | None, correct: Tensor | None
+) -> dict[str, Any]:
+    """What was measured; with `correct`, (n,) bool, also the accuracies of frequent and of rare classes."""
+    curve, wrong = progress.curve, (data.given != data.clean).float().mean().item()
     result = {"method": args.method, "seed": args.seed, "last": curve[-1], "best": max(curve), "curve": curve}
-    result |= {"samples": len(data.given), "wrong": (data.given != data.clean).float().mean().item(), "fsr": metrics}
-    if args.imbalance > 1:
+    result |= {"samples": len(data.given), "wrong": wrong, "fsr": progress.metrics}
+    if correct is not None:
+        counts = torch.bincount(data.given, minlength=data.num_classes).tolist()
         result |= shot_accuracy(correct, data.test_labels, counts, args.many_shot, args.few_shot)
     if fsr is not None:
         members = fsr.dictionary.index.cpu()
         result["purity"] = (data.given[members] == data.clean[members]).float().mean().item()
     return result
+
+
+def draw_seed() -> int:
+    """A seed from the global stream: the second of two, as a `DataLoader` that shuffles would draw it itself."""
+    return int(torch.empty(2, dtype=torch.int64).random_()[1])
 
 
 def train_loss(
@@ -282,11 +323,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--output-dir", type=Path, help="checkpoints; without it, none are written")
+    add_flags(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     kind, _, value = args.noise.partition(":")
     if kind not in ("none", "uniform", "asymmetric", "column") or (kind != "none" and not value):
         parser.error(f"--noise {args.noise}: give none, uniform:RATE, asymmetric:RATE or column:NAME")
+    if args.output_dir is None and (args.resume or args.checkpoint_steps):
+        parser.error("--resume and --checkpoint-steps need --output-dir, where the checkpoints are")
     tail_alone = args.imbalance > 1 and args.noise == "none"
     args.epochs = args.epochs or (200 if tail_alone else 127)
     args.schedule = args.schedule or ("steps" if tail_alone else "restarts")
@@ -299,6 +344,8 @@ def main() -> None:
     """Trains once and prints the result."""
     args = parse()
     result = run(args, read(args))
+    if not PartialState().is_main_process:
+        return
     print(report(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

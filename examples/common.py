@@ -1,11 +1,20 @@
-"""What the examples share: long-tailed class sizes, top-k and few-shot accuracy."""
+"""What the examples share: a kind of flag, long-tailed class sizes, top-k and few-shot accuracy."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1, for `argparse`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number >= 1")
+    return value
 
 
 def long_tail_counts(n_max: int, num_classes: int, ratio: float) -> list[int]:

@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from common import long_tail_counts, shot_accuracy, topk_correct
+from checkpoints import Checkpoints, Progress, add_flags, get_settings
+from common import long_tail_counts, positive, shot_accuracy, topk_correct
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,15 +36,9 @@ from fsr_wrap import FSRConfig, FSRWrapper, with_index
 SOURCE = "The official files: https://github.com/visipedia/inat_comp/tree/master/2018"
 REAL: dict[str, Any] = {"model": "resnet50", "image_size": 224, "epochs": 90, "lr": 0.1, "workers": 8}
 DIGITS: dict[str, Any] = {"model": "test_resnet", "image_size": 32, "epochs": 36, "lr": 0.4, "workers": 0}
+MAY_CHANGE = {"data_dir", "epochs", "workers", "many_shot", "few_shot", "log_steps"}  # in a resumed run
 
 # --- command line ----------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number >= 1")
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,9 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, help="use at most so many images of each split, for a smoke run")
     add_default("--workers", int, "loader processes per process")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir, if there is one")
-    add("--checkpoint-steps", type=positive, help="write a checkpoint every so many steps too, not only every epoch")
-    add("--keep", type=positive, default=2, help="keep the last so many checkpoints (%(default)s)")
+    add_flags(parser)
     add("--log-steps", type=positive, default=50, help="steps between two entries of the training log (%(default)s)")
     return parser
 
@@ -223,72 +216,17 @@ def write_digits(data_dir: Path, n_max: int = 130, ratio: float = 50, n_val: int
 
 
 def find_data(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """--data-dir, or the digits, written by the first process."""
+    """--data-dir, or the digits, written by the first process; their last run is forgotten if it is not resumed."""
     if args.data_dir:
         return args.data_dir
     data_dir = args.output_dir / "digits2018"
     with accelerator.main_process_first():
         if accelerator.is_main_process:
+            if data_dir.exists() and not args.resume:
+                shutil.rmtree(args.output_dir / "checkpoints", ignore_errors=True)
             print(f"No --data-dir: scikit-learn's digits, made long-tailed, are written to {data_dir}", flush=True)
             write_digits(data_dir)
     return data_dir
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far training is; saved in every checkpoint."""
-
-    total_batch: int
-    epoch: int = 0
-    step: int = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if state["total_batch"] != self.total_batch:
-            raise ValueError(
-                f"The checkpoint was written with {state['total_batch']} images a step over all processes, this run "
-                f"has {self.total_batch}: change --batch-size, or the number of processes, so that they agree."
-            )
-        self.epoch, self.step = state["epoch"], state["step"]
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, oldest first."""
-    return sorted(folder.glob("epoch_*"))
-
-
-def save_checkpoint(accelerator: Accelerator, progress: Progress, folder: Path, keep: int) -> None:
-    """Writes all state, under its final name only when complete, and removes the oldest."""
-    partial, final = folder / "partial", folder / f"epoch_{progress.epoch:04d}_step_{progress.step:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        partial.replace(final)
-        for old in find_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-
-
-def restore(accelerator: Accelerator, progress: Progress, folder: Path, args: argparse.Namespace) -> None:
-    """Loads the newest checkpoint if --resume asks for it; else sees to it that old ones do not mix with new ones."""
-    found = find_checkpoints(folder)
-    if args.resume and found:
-        accelerator.load_state(str(found[-1]))
-        accelerator.print(f"Resumed from {found[-1]}: epoch {progress.epoch}, step {progress.step}")
-    elif args.resume:
-        accelerator.print(f"There is no checkpoint in {folder} yet: starting from the beginning")
-    elif found and args.data_dir:
-        raise SystemExit(f"{folder} has checkpoints of another run: pass --resume, or another --output-dir.")
-    elif accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(accelerator.logging_dir, ignore_errors=True)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -300,7 +238,7 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    progress: Progress
+    checkpoints: Checkpoints
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     fsr: FSRWrapper | None
@@ -310,18 +248,14 @@ class Run:
     val_loader: DataLoader[Any]
     counts: list[int]
 
+    @property
+    def progress(self) -> Progress:
+        return self.checkpoints.progress
+
     def loss(self, logits: Tensor, target: Tensor, index: Tensor) -> Tensor:
         if self.fsr is None:
             return F.cross_entropy(logits, target, label_smoothing=self.args.label_smoothing)
         return self.fsr.loss(logits, target, index)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.args.output_dir / "checkpoints"
-
-    @property
-    def global_step(self) -> int:
-        return self.progress.epoch * len(self.train_loader) + self.progress.step
 
 
 def lr_factor(step: int, steps_per_epoch: int, warmup: float, decays: list[int]) -> float:
@@ -347,8 +281,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     train_loader = DataLoader(indexed, shuffle=True, generator=torch.Generator().manual_seed(args.seed), **options)
     val_loader = DataLoader(val_set, **options)
 
-    progress = Progress(total_batch=args.batch_size * accelerator.num_processes)
-    lr = args.lr * progress.total_batch / 256
+    total_batch = args.batch_size * accelerator.num_processes
+    lr = args.lr * total_batch / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
     fsr = None
     if args.method == "fsr":
@@ -362,9 +296,11 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
         optimizer.optimizer, lambda step: lr_factor(step, steps, args.lr_warmup_epochs, args.decay_epochs)
     )
     scheduler = accelerator.prepare(scheduler)
-    accelerator.register_for_checkpointing(progress)
+    progress = Progress(get_settings(args, MAY_CHANGE, total_batch, train_set.labels), steps)
+    folder = args.output_dir / "checkpoints"
+    checkpoints = Checkpoints(accelerator, progress, fsr, folder, args.checkpoint_steps, args.keep)
     return Run(
-        args, accelerator, progress, model, optimizer, fsr, scheduler, train_set, train_loader, val_loader, counts
+        args, accelerator, checkpoints, model, optimizer, fsr, scheduler, train_set, train_loader, val_loader, counts
     )
 
 
@@ -388,21 +324,19 @@ def train_epoch(run: Run) -> None:
 
         progress.step += 1
         losses.append(loss.detach())
-        if run.global_step % args.log_steps == 0:
+        if run.progress.total_steps % args.log_steps == 0:
             bar.set_postfix(loss=f"{log_training(run, losses):.3f}")
             losses.clear()
-        unfinished = progress.step < len(run.train_loader)
-        if unfinished and args.checkpoint_steps and run.global_step % args.checkpoint_steps == 0:
-            save_checkpoint(accelerator, progress, run.checkpoints, args.keep)
-    progress.epoch, progress.step = progress.epoch + 1, 0
-    save_checkpoint(accelerator, progress, run.checkpoints, args.keep)
+        run.checkpoints.save_in_epoch()
+    progress.end_epoch()
+    run.checkpoints.save()
 
 
 def log_training(run: Run, losses: list[Tensor]) -> float:
     """Sends the mean of the losses and FSR's own figures to the trackers."""
     loss = torch.stack(losses).mean().item()
     values = {"train/loss": loss, "train/lr": run.optimizer.param_groups[0]["lr"]}
-    run.accelerator.log({**values, **(run.fsr.metrics() if run.fsr else {})}, step=run.global_step)
+    run.accelerator.log({**values, **(run.fsr.metrics() if run.fsr else {})}, step=run.progress.total_steps)
     return loss
 
 
@@ -429,14 +363,14 @@ def fit(run: Run) -> dict[str, Any]:
     while progress.epoch < args.epochs:
         train_epoch(run)
         accuracy = evaluate(run)
-        accelerator.log({f"val/{name}": value for name, value in accuracy.items()}, step=run.global_step)
+        accelerator.log({f"val/{name}": value for name, value in accuracy.items()}, step=run.progress.total_steps)
         shown = ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
         accelerator.print(f"epoch {progress.epoch}/{args.epochs}: {shown}")
     return {
         "method": args.method,
         "model": args.model,
         "epochs": progress.epoch,
-        "steps": run.global_step,
+        "steps": run.progress.total_steps,
         "classes": len(run.counts),
         "train_images": len(run.train_set),
         "val_images": len(run.val_loader.dataset),
@@ -457,9 +391,11 @@ def main() -> None:
     set_seed(args.seed)
     try:
         run = prepare(args, accelerator)
-        restore(accelerator, run.progress, run.checkpoints, args)
+        run.checkpoints.restore(args.resume)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"inat2018.py: {error}") from None
+    if accelerator.is_main_process and run.progress.total_steps == 0:
+        shutil.rmtree(accelerator.logging_dir, ignore_errors=True)
     flags = {name: str(value) for name, value in vars(args).items()}
     accelerator.init_trackers("inat2018", config=flags)
     summary = fit(run)

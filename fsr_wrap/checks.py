@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import world_size
+
 INDEX_LIMIT = 2**31
 
 
@@ -30,7 +32,7 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
 
     **Raises:** `TypeError` or `ValueError` saying what was found and what is expected.
     """
-    if logits.ndim != 2 or logits.shape[0] == 0:
+    if logits.ndim != 2 or (logits.shape[0] == 0 and world_size() == 1):
         raise ValueError(f"logits must be (b, C) with b >= 1, not {tuple(logits.shape)}.")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, not {logits.dtype}.")

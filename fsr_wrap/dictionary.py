@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import gather_all, rank, sum_in_place
+from .distributed import sum_in_place, world_size
 
 EMPTY = -1
 
@@ -92,6 +92,8 @@ class RewardDictionary:
         self._filled = 0
         self._free = torch.arange(self._length, device=device)
         self._arena: tuple[Tensor, ...] = ()
+        # In several processes: whether a row's payload is in one process only, and whether in this one.
+        self._alone, self._here = torch.zeros(2, self._rows, dtype=torch.bool, device=device)
         self._turn = 0
         self._classes: Tensor = torch.zeros(0, dtype=torch.int64)  # those present in R_t, on the host
 
@@ -132,13 +134,19 @@ class RewardDictionary:
         entries = [c for e in (self._members, self._best, self._buffer) for c in e.columns().values()]
         return sum(t.nbytes for t in [*entries, *self._arena, self._free, self._count])
 
-    def push(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...]) -> None:
+    def push(
+        self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], *, offset: int = 0
+    ) -> None:
         """Offers the samples of a batch.
+
+        In several processes each pushes the samples of all of them, in the same order, and the payloads of its own;
+        the selection is then the same everywhere, and `consolidate` brings the payloads.
 
         **Arguments:**
 
-        - `index`, `label`: (b,) int64. `score`: P̂ (b,), −inf for a sample that must not enter.
-        - `payload`: tensors of (b, ...), in the shapes and dtypes of the first push.
+        - `index`, `label`: (b,) integers. `score`: P̂ (b,), −inf for a sample that must not enter.
+        - `payload`: tensors of (n, ...), in the shapes and dtypes of the first push, n = b in one process.
+        - `offset`: the position of this process's first sample in the batch.
 
         **Raises:** `ValueError` if a payload's shape is another than at the first push.
         """
@@ -147,7 +155,7 @@ class RewardDictionary:
         self.check_payload(payload)
         for start in range(0, len(index), self._length):
             part = slice(start, start + self._length)
-            self._push(index[part], label[part], score[part], tuple(tensor[part] for tensor in payload))
+            self._push(index[part], label[part], score[part], payload, offset - start)
 
     def check_payload(self, payload: tuple[Tensor, ...]) -> None:
         """**Raises:** `ValueError` if the shapes are others than those stored."""
@@ -161,17 +169,21 @@ class RewardDictionary:
                 'use reward="cached", which stores the head\'s input feature alone.'
             )
 
-    def _push(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...]) -> None:
+    def _push(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], offset: int) -> None:
+        """As `push`, for at most as many as the buffer holds; `offset` is negative where earlier payloads are done."""
         if self._filled + len(index) > self._length:
             self._select()
         part = slice(self._filled, self._filled + len(index))
         row = self._free[part]
         self._buffer.index[part] = torch.where(score > -torch.inf, index, EMPTY)
-        self._buffer.label[part] = label
+        self._buffer.label[part] = label.long()
         self._buffer.score[part] = score
         self._buffer.row[part] = row
+        mine = row[max(offset, 0) : max(offset + (len(payload[0]) if payload else 0), 0)]
         for arena, tensor in zip(self._arena, payload, strict=True):
-            arena[row] = tensor.to(arena.dtype)
+            arena[mine] = tensor[max(-offset, 0) :][: len(mine)].to(arena.dtype)
+        if world_size() > 1:
+            self._alone[row], self._here[row], self._here[mine] = True, False, True
         self._filled += len(index)
 
     def _select(self, carried: _Entries | None = None) -> Tensor:
@@ -190,27 +202,15 @@ class RewardDictionary:
             used[torch.where(entries.index != EMPTY, entries.row, rows)] = 1
         self._free = used[:rows].argsort(stable=True)[: self._length]
 
-    def update(
-        self,
-        carry: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        owner: Tensor | None = None,
-    ) -> None:
+    def update(self, carry: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Makes the best samples of the epoch the new dictionary (Eq. 4). Synchronises with the device.
 
         **Arguments:**
 
         - `carry`: (C·k,) bool over `slots`: old members, not visited in the epoch, that compete on.
         - `generator`: on the host, for the order in which classes take turns.
-        - `owner`: in several processes, (N,), the process whose visit of a sample counts. All processes then get the
-            same dictionary.
         """
-        carried = None if carry is None else self._members.where(carry)
-        if owner is None:
-            self._count = self._select(carried)
-        else:
-            self._select()
-            self._gather(carried, owner)
+        self._count = self._select(None if carry is None else self._members.where(carry))
         self._members = self._best
         self._best = _Entries.empty(self._capacity, self.device)
         self._clear_buffer([self._members])
@@ -218,19 +218,16 @@ class RewardDictionary:
         self._classes = present[torch.randperm(len(present), generator=generator)]
         self._turn = 0
 
-    def _gather(self, carried: _Entries | None, owner: Tensor) -> None:
-        """Selects among the candidates of all processes, and fetches the payloads of those that were selected."""
-        rows = self._rows
-        best = self._best.where(owner[self._best.index.clamp(min=0)] == rank())
-        best.row = best.row + rank() * rows  # which process has the payload
-        everywhere = _Entries(**{name: gather_all(column).flatten() for name, column in best.columns().items()})
-        parts = [everywhere] if carried is None else [carried, everywhere]
-        self._best, self._count = top_k_per_class(_concatenate(parts), self.num_classes, self.quota)
-        here = (self._best.index != EMPTY) & (self._best.row // rows == rank())
+    def consolidate(self) -> None:
+        """Brings every process the payloads that one process alone has. All processes must call it."""
+        entries = _concatenate([self._members, self._best, self._buffer])
+        rows = entries.row[entries.index != EMPTY]
+        rows = rows[self._alone[rows]]
         for arena in self._arena:
-            held = here.view(-1, *[1] * (arena.ndim - 1))
-            arena[: self._capacity] = sum_in_place(torch.where(held, arena[self._best.row % rows], 0))
-        self._best.row = torch.arange(self._capacity, device=self.device)
+            here = self._here[rows].view(-1, *[1] * (arena.ndim - 1))
+            numbers = arena.view(torch.uint8) if arena.dtype == torch.bool else arena
+            numbers[rows] = sum_in_place(torch.where(here, numbers[rows], 0))
+        self._alone[rows] = False
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> RewardBatch:
         """A class-balanced reward batch: classes take turns, samples of a class are drawn with replacement.
@@ -256,10 +253,13 @@ class RewardDictionary:
             entries.to(device) for entries in (self._members, self._best, self._buffer)
         )
         self._count, self._free = self._count.to(device), self._free.to(device)
+        self._alone, self._here = self._alone.to(device), self._here.to(device)
         self._arena = tuple(arena.to(device) for arena in self._arena)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; loads with `weights_only=True`."""
+        """Plain tensors and numbers; loads with `weights_only=True`. Without entries whose payload is elsewhere."""
+        elsewhere = self._alone & ~self._here
+        best, buffer = (entries.where(~elsewhere[entries.row]) for entries in (self._best, self._buffer))
         return {
             "num_classes": self.num_classes,
             "size": self.size,
@@ -270,8 +270,8 @@ class RewardDictionary:
             "count": self._count.clone(),
             "free": self._free.clone(),
             "members": {k: v.clone() for k, v in self._members.columns().items()},
-            "best": {k: v.clone() for k, v in self._best.columns().items()},
-            "buffer": {k: v.clone() for k, v in self._buffer.columns().items()},
+            "best": {k: v.clone() for k, v in best.columns().items()},
+            "buffer": {k: v.clone() for k, v in buffer.columns().items()},
             "arena": [arena.clone() for arena in self._arena],
         }
 

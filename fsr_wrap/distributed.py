@@ -36,17 +36,65 @@ def sum_in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest_in_place(tensor: Tensor) -> Tensor:
-    """The tensor, its largest values over the processes where it stands."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor
-
-
-def gather_all(tensor: Tensor) -> Tensor:
-    """Tensors of one shape (n, ...), stacked over the processes: (W, n, ...)."""
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers. Synchronises with the device."""
     if world_size() == 1:
-        return tensor[None]
-    out = tensor.new_empty(world_size() * tensor.numel())
-    dist.all_gather_into_tensor(out, tensor.reshape(-1))
-    return out.view(-1, *tensor.shape)
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather(sums: Tensor, columns: tuple[Tensor, ...], length: int) -> tuple[Tensor, tuple[Tensor, ...], list[int]]:
+    """A few numbers and a few columns of every process, by one all-gather whose size does not depend on the data.
+
+    Synchronises with the device if there are several processes.
+
+    **Arguments:**
+
+    - `sums`: (k,), becomes float64.
+    - `columns`: (b,) each, sent as int32 or float32; b may differ between the processes.
+    - `length`: the rows sent of each column, the same in all processes. Shorter columns are filled up with -1
+        (integers) or NaN; what is longer is not sent.
+
+    **Returns:** the sums (W, k), the columns (W·length,), one process after another, and each process's b. In one
+    process all is as it was given, with W = 1 and length = b.
+    """
+    here, world = len(columns[0]), world_size()
+    if world == 1:
+        return sums[None], columns, [here]
+    rows = torch.full((len(columns), length), -1, dtype=torch.int32, device=sums.device)  # these bits are NaN, too
+    for row, column in zip(rows, columns, strict=True):
+        part = column[:length]
+        row[: len(part)] = part.float().view(torch.int32) if part.is_floating_point() else part.int()
+    header = torch.cat([sums.double(), sums.new_tensor([here], dtype=torch.float64)]).view(torch.int32)
+    sent = torch.cat([header, rows.view(-1)])
+    received = sent.new_empty(world, len(sent))
+    dist.all_gather_into_tensor(received.view(-1), sent)
+    numbers = received[:, : len(header)].contiguous().view(torch.float64)
+    bits = received[:, len(header) :].reshape(world, len(columns), length).transpose(0, 1).reshape(len(columns), -1)
+    gathered = tuple(
+        row.view(torch.float32) if column.is_floating_point() else row.to(column.dtype)
+        for row, column in zip(bits, columns, strict=True)
+    )
+    return numbers[:, :-1], gathered, [int(count) for count in numbers[:, -1].tolist()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together if it is sharded (a DTensor). All processes must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor, sharded like a parameter of its shape that is."""
+    if not hasattr(parameter, "full_tensor") or hasattr(tensor, "full_tensor") or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()

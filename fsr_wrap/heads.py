@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import functional as fsr
+from .distributed import whole
 from .functional import Params
 
+REFUSED = {
+    "DataParallel": "nn.DataParallel splits the batch behind our back: use DistributedDataParallel instead.",
+    "FullyShardedDataParallel": "FSDP1 flattens the head's parameters: use fully_shard (FSDP2), with Accelerate "
+    "fsdp_version=2, or DistributedDataParallel.",
+    "DeepSpeedEngine": "DeepSpeed takes the optimizer's place and hides the parameters: use DistributedDataParallel or "
+    "fully_shard (FSDP2).",
+}
 CLASSIFIER_NAMES = ("classifier", "score", "fc", "head", "heads", "output_layer")
 _MEMORY = 8  # forwards whose loss() may still come
 
@@ -26,17 +34,46 @@ _MEMORY = 8  # forwards whose loss() may still come
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and torch.compile, whatever the nesting.
 
-    **Raises:** `TypeError` for `nn.DataParallel`.
+    **Raises:** `TypeError` for kinds of parallelism that are not supported.
     """
     while True:
-        if isinstance(model, nn.DataParallel):
-            raise TypeError("nn.DataParallel splits the batch behind our back: use DistributedDataParallel instead.")
+        _refuse_by_name(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def check_parallelism(model: nn.Module) -> None:
+    """Whether the processes have samples of their own, and parameters that can be put together.
+
+    **Raises:** `TypeError` saying what to use instead.
+    """
+    sharded = False
+    for module in model.modules():
+        _refuse_by_name(module)
+        sharded |= _is_fully_sharded(module)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise TypeError(f"{name} is sharded by DeepSpeed ZeRO-3. {REFUSED['DeepSpeedEngine']}")
+        placements = getattr(parameter, "placements", ())
+        if placements and (not sharded or sum(placement.is_shard() for placement in placements) > 1):
+            raise TypeError(
+                f"{name} is a tensor-parallel DTensor {tuple(placements)}: FSR supports DistributedDataParallel and "
+                "fully_shard (FSDP2), where every process has samples of its own."
+            )
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _refuse_by_name(module: nn.Module) -> None:
+    for kind in type(module).__mro__:
+        if kind.__name__ in REFUSED:
+            raise TypeError(REFUSED[kind.__name__])
 
 
 def resolve_head(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Module]:
@@ -71,10 +108,14 @@ def resolve_head(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Modul
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
+    kind: type = type(module)
+    if _is_fully_sharded(module):  # of a class of its own then: (FSDPModule, nn.Linear)
+        kind = kind.__mro__[2]
+    if kind is nn.Conv2d:
+        assert isinstance(module, nn.Conv2d)
         plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
         return plain and module.groups == 1
-    return type(module) is nn.Linear
+    return kind is nn.Linear
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -220,10 +261,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reward:
-    """This process's part of the reward batch: `features` (n, ...), `label` (n,); and q over all processes."""
+    """This process's part of the reward batch: `features` (n, ...), `target` (n,) or (n, C); and q everywhere."""
 
     features: Tensor
-    label: Tensor
+    target: Tensor
     label_smoothing: float
     batch_size: int
 
@@ -254,8 +295,8 @@ class LinearStep:
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
         logits = self.logits(reward.features, self._head.logits(reward.features))
-        residual = fsr.residual(logits, reward.label, reward.label_smoothing) / reward.batch_size
-        loss = fsr.cross_entropy(logits, reward.label, reward.label_smoothing).sum() / reward.batch_size
+        residual = fsr.residual(logits, reward.target, reward.label_smoothing) / reward.batch_size
+        loss = fsr.cross_entropy(logits, reward.target, reward.label_smoothing).sum() / reward.batch_size
         scores = fsr.linear_meta_gradient(
             self._batch.features, self._residual, reward.features, residual, lr=self._lr, bias=self._bias
         )
@@ -285,10 +326,10 @@ class FunctionalStep:
         return self._head.call(self._ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
-        where, smoothing = (reward.features, reward.label), reward.label_smoothing
+        where, smoothing = (reward.features, reward.target), reward.label_smoothing
         total = self._reduce(fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing))
         gradient = {name: value / reward.batch_size for name, value in total.items()}
-        losses = fsr.cross_entropy(self._head.call(self._ahead, reward.features), reward.label, smoothing)
+        losses = fsr.cross_entropy(self._head.call(self._ahead, reward.features), reward.target, smoothing)
         return self._along(gradient), losses.sum() / reward.batch_size
 
     def _along(self, gradient: Params) -> Tensor:
@@ -312,10 +353,12 @@ class Head:
         self.name, self.module = name, module
         self.is_linear = _is_linear(module)
         self.has_bias = getattr(module, "bias", None) is not None
+        if not self.is_linear and any(_is_fully_sharded(part) for part in module.modules()):
+            raise TypeError(f"The head {name!r} is no linear layer: do not call fully_shard on it or its parts alone.")
 
     def params(self, dtype: torch.dtype) -> Params:
         """φ, detached."""
-        params = {name: _whole(value).to(dtype) for name, value in self.module.named_parameters()}
+        params = {name: whole(value.detach()).to(dtype) for name, value in self.module.named_parameters()}
         if self.is_linear:
             params["weight"] = params["weight"].flatten(1)
         return params
@@ -344,8 +387,10 @@ class Head:
         params = self.params(batch.features.dtype)
         return fsr.head_gradient(self.call, params, batch.features, batch.target, label_smoothing=batch.label_smoothing)
 
-    def check(self, capture: Capture, logits: Tensor) -> None:
-        """Whether this module's output are the logits.
+    def check(self, capture: Capture, logits: Tensor) -> bool:
+        """Checks that this module's output are the logits.
+
+        **Returns:** False if nothing could be seen, since all logits are NaN or infinite.
 
         **Raises:** `ValueError` saying what to pass instead.
         """
@@ -362,26 +407,26 @@ class Head:
                 f"needed. {advice}, applied to a pooled feature."
             )
         if any(_active_dropout(part) for part in self.module.modules()):
-            return  # its training-time output is random; the shapes agree
+            return True  # its training-time output is random; the shapes agree
         dtype = meta_dtype(logits)
         expected, found = logits.detach().to(dtype), self.logits(self.features(capture.features, dtype))
         coarse = logits.dtype in (torch.float16, torch.bfloat16) or capture.autocast is not None
-        gap = (expected - found).norm() / (expected.norm() + 1e-6)
+        finite = expected.isfinite().all(1)
+        if not finite.any():
+            return False
+        expected, found = expected[finite], found[finite]
+        gap = (expected - found).abs().amax() / (expected.abs().amax() + 1e-6)
         if not gap <= (0.1 if coarse else 0.01):
             raise ValueError(
                 f"{where[0].upper()}{where[1:]} gives other logits than those passed to loss() (relative gap "
                 f"{gap.item():.2g}). {advice}, and pass the logits as they leave it, before any scaling."
             )
+        return True
 
 
 def meta_dtype(logits: Tensor) -> torch.dtype:
     """float32, or the logits' dtype if it is wider."""
     return torch.promote_types(logits.dtype, torch.float32)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _active_dropout(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import FSRConfig
 from .dictionary import RewardDictionary
-from .distributed import largest_in_place, rank, world_size
+from .distributed import world_size
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 
@@ -23,6 +23,7 @@ METRICS = (
     "max_weight",
     "all_zero_batches",
     "skipped_samples",
+    "skipped_reward_samples",
 )
 _NUMBERS = ("epoch", "consumed", "draws", "largest", "steps")
 
@@ -48,6 +49,7 @@ class Memory:
         self.draws = 0
         self.largest = -1  # index seen
         self.steps = 0  # since the metrics were read
+        self.scattered = False  # whether a part of it is in other processes only
 
     @property
     def num_classes(self) -> int | None:
@@ -56,9 +58,9 @@ class Memory:
 
     def prepare(self, index: Tensor, num_classes: int, device: torch.device) -> None:
         """Makes the tables for the first batch; later makes room in them, and moves them to the batch's device."""
-        if self.num_samples is None:
+        if self.num_samples is None and len(index):
             self.largest = max(self.largest, int(index.max()))
-        rows = self.num_samples or self.largest + 1
+        rows = self.num_samples or 1 << max(self.largest, 0).bit_length()
         if not self.ready:
             self._make(rows, num_classes, device)
         if self.table.score.device != device:
@@ -83,27 +85,38 @@ class Memory:
 
     def end_epoch(self) -> None:
         """The best samples of the epoch become the dictionary (Eq. 4)."""
-        owner = self._merge() if world_size() > 1 else None
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
         carry = (members >= 0) & (
-            last == stored_epoch(self.epoch) - 1
+            last == stored_epoch(self.epoch - 1)
         )  # visited in the last epoch, and not in this one
         self.epoch += 1
         self.consumed = 0
-        self.dictionary.update(carry, self.generator(0), owner)
+        self.dictionary.update(carry, self.generator(0))
+        self.consolidate()
 
-    def _merge(self) -> Tensor:
-        """Brings what the processes saw in the epoch together; returns whose each row is, (N,), -1 for nobody's.
+    def consolidate(self) -> None:
+        """Brings together what the processes hold apart: candidates' payloads and ŷ. All processes must call it."""
+        if self.scattered:
+            self.dictionary.consolidate()
+            if self.pseudo is not None:
+                self.pseudo.consolidate()
+            self.scattered = False
 
-        Of several processes that visited a sample, the last one's visit counts.
+    def visit(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], offset: int) -> Tensor:
+        """Takes note of a batch: of the samples of all processes, and the payloads of this one's.
+
+        **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`.
+
+        **Returns:** P̂ of the samples after the visit, and −inf where nothing was kept.
         """
-        visited = self.table.epoch[:-1] == stored_epoch(self.epoch)
-        owner = largest_in_place(torch.where(visited, rank(), -1).to(torch.int32))
-        self.table.merge(owner, self.epoch)
-        if self.pseudo is not None:
-            self.pseudo.merge(owner)
-        return owner
+        if world_size() > 1:
+            self.scattered = True
+            if self.num_samples is None:
+                self.prepare(index, self.dictionary.num_classes, index.device)
+        momentum = self.table.update(index, score, label, self.epoch)
+        self.dictionary.push(index, label, momentum, payload, offset=offset)
+        return momentum
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""
@@ -114,6 +127,7 @@ class Memory:
         """Plain tensors, numbers and strings; copies."""
         config = {**asdict(self.config), "pusher": pusher_name(self.config)}
         state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
+        state["world_size"] = world_size()  # for people
         state |= {name: getattr(self, name) for name in _NUMBERS}
         if self.ready:
             state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .distributed import rank, sum_in_place
 from .functional import cross_entropy
 
 
@@ -100,14 +99,17 @@ def get_pusher(pusher: str | Pusher) -> Pusher:
 
 def stored_epoch(epoch: int) -> int:
     """The epoch as the table stores it, in 16 bits."""
-    return min(epoch, torch.iinfo(torch.int16).max)
+    return epoch % 2**15
 
 
 class ScoreTable:
     """P̂, the given label and the last epoch of each sample: 10 bytes a sample.
 
-    Rows are dataset indices. One row more than there are samples takes what is to be dropped (duplicates in a batch,
-    masked samples), so that no write depends on the data.
+    A sample counts once an epoch, at its first visit; what comes of it again before the epoch ends leaves no trace. So
+    it makes no difference which process a repeated sample falls to, nor how often a loader repeats it to fill a batch.
+
+    Rows are dataset indices. One row more than there are samples takes what is to be dropped, so that no write depends
+    on the data.
 
     **Arguments:**
 
@@ -126,46 +128,37 @@ class ScoreTable:
         return self.score.shape[0] - 1
 
     def grow(self, num_samples: int) -> None:
-        """Make room for at least `num_samples`, doubling."""
+        """Make room for at least `num_samples`."""
         if num_samples <= self.num_samples:
             return
-        held = self.num_samples
-        bigger = ScoreTable(max(num_samples, 2 * held), self.momentum, self.score.device)
+        held, bigger = self.num_samples, ScoreTable(num_samples, self.momentum, self.score.device)
         for name in ("score", "label", "epoch"):
             getattr(bigger, name)[:held] = getattr(self, name)[:-1]
             setattr(self, name, getattr(bigger, name))
 
-    def update(self, index: Tensor, score: Tensor, label: Tensor, epoch: int, keep: Tensor) -> Tensor:
-        """P̂ ← λP̂ + (1−λ)P (Section 4.1); P̂ = P at a sample's first visit.
+    def visited(self, index: Tensor, epoch: int) -> Tensor:
+        """Whether a sample was visited in this epoch. (b,) int64 in [0, N) → (b,) bool."""
+        return self.epoch[index] == stored_epoch(epoch)
+
+    def update(self, index: Tensor, score: Tensor, label: Tensor, epoch: int) -> Tensor:
+        """P̂ ← λP̂ + (1−λ)P (Section 4.1) at a sample's first visit of the epoch; P̂ = P at its first of all.
 
         **Arguments:**
 
-        - `index`: (b,) int64 in [0, N). `score`: P (b,). `label`: (b,). `epoch`: the current one.
-        - `keep`: (b,) bool; the others leave no trace. Of several visits of one sample the last one counts, and a P
-            that is not finite is never kept.
+        - `index`: (b,) int64 in [0, N), or -1 for what must leave no trace. `label`: (b,). `epoch`: the current one.
+        - `score`: P (b,); what is not finite leaves no trace.
 
         **Returns:** P̂ of the samples after the visit (b,), and −inf where nothing was kept.
         """
-        keep = keep & score.isfinite() & is_last_visit(index)
-        old = self.score[index]
-        new = torch.where(old.isnan(), score.float(), self.momentum * old + (1 - self.momentum) * score.float())
+        index = torch.where(score.isfinite(), index, -1)
+        keep = (index >= 0) & ~self.visited(index, epoch) & is_first_visit(index)
         row = torch.where(keep, index, self.num_samples)
+        old = self.score[row]
+        new = torch.where(old.isnan(), score.float(), self.momentum * old + (1 - self.momentum) * score.float())
         self.score[row] = new
         self.label[row] = label.to(self.label.dtype)
         self.epoch[row] = stored_epoch(epoch)
         return torch.where(keep, new, -torch.inf)
-
-    def merge(self, owner: Tensor, epoch: int) -> None:
-        """Takes each row from the process that owns it; the others' rows stay.
-
-        **Arguments:** `owner`, (N,) integers, -1 where no process visited the row in `epoch`.
-        """
-        mine, visited = owner == rank(), owner >= 0
-        for name in ("score", "label"):
-            column = getattr(self, name)[:-1]
-            merged = sum_in_place(torch.where(mine, column, 0))
-            column.copy_(torch.where(visited, merged, column))
-        self.epoch[:-1] = torch.where(visited, stored_epoch(epoch), self.epoch[:-1])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The three columns, without the spare row."""
@@ -182,10 +175,10 @@ class ScoreTable:
             setattr(self, name, getattr(self, name).to(device))
 
 
-def is_last_visit(index: Tensor) -> Tensor:
-    """Whether a batch position is the last one of its index. (b,) int64 → (b,) bool."""
+def is_first_visit(index: Tensor) -> Tensor:
+    """Whether a batch position is the first one of its index. (b,) int64 → (b,) bool."""
     order = index.argsort(stable=True)
     ordered = index[order]
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(last).scatter_(0, order, last)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(first).scatter_(0, order, first)

@@ -2,73 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .distributed import rank
+
 FILE_NAME = "fsr.safetensors"
-_KEY = "fsr_wrap"
+NOTE_NAME = "fsr.json"
+_KEY, _DIGEST = "fsr_wrap", "sha256"
+_Plain = (bool, int, float, str, type(None))
 
 
 def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     """Writes a state dict of tensors, numbers, strings, lists, tuples and dicts to `folder/fsr.safetensors`.
 
-    The tensors are the file's own; all else is JSON in its header. It is written under another name and renamed, so
-    that a file of that name is always whole.
+    The tensors are the file's own; all else is JSON in its header, with a SHA-256 digest of the whole content. It is
+    written in a hidden folder and renamed, so that a file of that name is always whole; what a killed save leaves
+    there, the next one removes. After it, `fsr.json` says to people what the file is; it is never read back.
 
-    **Returns:** the file. **Raises:** `TypeError` for a value of another kind; nothing is then written.
+    **Returns:** the file. **Raises:** `TypeError` for a value of another kind, `OSError` if it cannot be written; the
+    last file then stays.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_take_apart(state, "", tensors))
+    metadata = {_KEY: skeleton, _DIGEST: _digest(skeleton, tensors)}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / FILE_NAME, folder / f".{FILE_NAME}.{os.getpid()}"
+    partial = folder / f".fsr.{rank()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        save_file(tensors, partial, metadata={_KEY: skeleton})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, final)
+        (partial / NOTE_NAME).write_text(json.dumps(_note(state.get("fsr", {})), indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, partial / FILE_NAME, metadata)
+        with contextlib.suppress(OSError):  # safetensors 0.8 lets nobody but the owner read it
+            shutil.copymode(partial / NOTE_NAME, partial / FILE_NAME)
+        for name in (FILE_NAME, NOTE_NAME):
+            with open(partial / name, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial / name, folder / name)
+    except KeyError as error:  # as of complex128
+        raise TypeError(f"save() writes tensors of the dtypes that safetensors knows, which {error} is not.") from error
+    except SafetensorError as error:
+        raise OSError(f"{folder / FILE_NAME} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
-    return final
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync_names(folder)
+    return folder / FILE_NAME
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state dict that `write_state` wrote, on the host.
+    """The state dict that `write_state` wrote, on the host and independent of the file.
 
-    **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged or of something else.
+    **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged, in any bit of its content, or of something
+    else.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: give the folder that save() wrote to.")
     try:
         with safe_open(path, framework="pt") as file:
-            skeleton = (file.metadata() or {})[_KEY]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = _put_together(json.loads(skeleton), tensors)
-    except (SafetensorError, KeyError, TypeError, IndexError, ValueError, RecursionError) as error:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if metadata[_DIGEST] != _digest(metadata[_KEY], tensors):
+            raise ValueError("its digest is that of another content")
+        state: dict[str, Any] = _put_together(json.loads(metadata[_KEY]), tensors)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged header leads safetensors and torch to
         raise ValueError(f"{path} is damaged, or not a file of save(): {error!r}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged: it holds no state dict.")
     return state
 
 
 def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON, with its tensors put into `tensors`."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        while name in tensors:  # as of {"a/b": ..., "a": {"b": ...}}
+            name += "'"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, _Plain):
+                raise TypeError(f"save() takes numbers and strings as keys; {name} has a {type(key).__name__} as one.")
         return {"dict": [[key, _take_apart(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [_take_apart(item, f"{name}/{number}", tensors) for number, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, _Plain):
         return value
     raise TypeError(f"save() writes tensors, numbers and strings; {name} is a {type(value).__name__}.")
 
@@ -83,3 +113,30 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: _put_together(item, tensors) for key, item in content}
     items = [_put_together(item, tensors) for item in content]
     return {"tuple": tuple, "list": list}[kind](items)
+
+
+def _digest(skeleton: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes."""
+    order = sorted(tensors)
+    table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in order]
+    digest = hashlib.sha256(json.dumps([skeleton, table]).encode())
+    for name in order:  # contiguous, and read where they stand
+        digest.update((ctypes.c_char * tensors[name].nbytes).from_address(tensors[name].data_ptr()))
+    return digest.hexdigest()
+
+
+def _note(fsr: dict[str, Any]) -> dict[str, Any]:
+    """What people want to know of a checkpoint, from FSR's part of the state dict."""
+    known = {**fsr, "format": "fsr_wrap", "num_classes": fsr.get("dictionary", {}).get("num_classes")}
+    names = ("format", "version", "num_samples", "num_classes", "config", "world_size", "epoch")
+    return {name: known.get(name) for name in names}
+
+
+def _sync_names(folder: Path) -> None:
+    """Waits until the names in the folder are on the disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

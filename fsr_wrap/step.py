@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,16 @@ class _Accepted:
     valid: Tensor | None
 
 
+@dataclass
+class _Decision:
+    """How a batch is trained on: weights, pseudo-labels and how much each counts, (b,), (b, C), (b,); b everywhere."""
+
+    weights: Tensor
+    pseudo: Tensor | None
+    share: Tensor | None
+    size: int
+
+
 class Reweighting:
     """FSR on one model: weighs each batch, and keeps what is learned of it in its memory.
 
@@ -58,6 +69,9 @@ class Reweighting:
         self._watch = Watch()
         self._mixes: deque[_Mix] = deque(maxlen=8)
         self._checked = False
+        self._length: int | None = None  # of the columns that the processes exchange: the largest batch of one of them
+        self._recorded: list[_Decision] | None = None
+        self._replayed: Iterator[_Decision] = iter(())
         self._listen()
 
     def _listen(self) -> None:
@@ -79,11 +93,27 @@ class Reweighting:
         return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
 
     def loss(self, logits: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, int]:
-        """The loss to back-propagate, and b over all processes; see `FSRWrapper.loss`."""
+        """The loss to back-propagate, and b over all processes, 0 if it does not count; see `FSRWrapper.loss`."""
         batch = self._accept(logits, target, index)
         self._prepare(batch)
-        loss, size = self._train(batch)
-        return loss, int(size)
+        return self._train(batch)
+
+    def evaluated_once(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, such that what FSR makes of a batch at its first evaluation is kept for the others.
+
+        An optimizer that evaluates its closure several times a step (LBFGS, SAM) then minimises one function.
+        """
+        kept: list[_Decision] = []
+        evaluations = iter([kept])  # the list to write to, at the first evaluation
+
+        def evaluate() -> Any:
+            self._recorded, self._replayed = next(evaluations, None), iter(list(kept))
+            try:
+                return closure()
+            finally:
+                self._recorded, self._replayed = None, iter(())
+
+        return evaluate
 
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed inputs and their soft targets; see `FSRWrapper.mixup`."""
@@ -139,8 +169,7 @@ class Reweighting:
         }
         skip = self.config.nonfinite == "skip"
         self._watch({name: n for name, n in problems.items() if not (skip and name == "non-finite")}, messages)
-        if not self._checked:
-            self.head.check(capture, logits)
+        self._checked = self._checked or self.head.check(capture, logits)
         if logits.device.type == "cpu" and not skip:
             return _Accepted(logits, target, label, index, capture, mix, None)
         index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
@@ -165,64 +194,85 @@ class Reweighting:
         self._tap.discard(batch.capture)
         while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
             pass
-        self._checked = True
         self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
+        if self._length is None and distributed.world_size() > 1:
+            self._length = distributed.largest(len(batch.logits), batch.logits.device)
 
-    def _train(self, batch: _Accepted) -> tuple[Tensor, int | Tensor]:
+    def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
         dtype, config = meta_dtype(batch.logits), self.config
         smoothing = config.label_smoothing if batch.valid is None else 0.0  # masked targets are smooth already
         logits = batch.logits.to(dtype)
         target = batch.target if batch.target.ndim == 1 else batch.target.to(dtype)
         losses = functional.cross_entropy(logits, target, smoothing)
-        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            features = self.head.features(batch.capture.features, dtype)
-            at_head = Batch(features, logits.detach(), target.detach(), smoothing)
-            weights, pseudo, share, size = self._value(batch, at_head, losses.detach())
-        loss = (weights * losses).sum()
-        if pseudo is not None and share is not None:
-            loss = loss + config.relabel_weight * (share * functional.cross_entropy(logits, pseudo)).sum()
+        decision = next(self._replayed, None)
+        size = 0
+        if decision is None:
+            with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+                features = self.head.features(batch.capture.features, dtype)
+                at_head = Batch(features, logits.detach(), target.detach(), smoothing)
+                decision = self._decide(batch, at_head, losses.detach())
+            size = decision.size
+            if self._recorded is not None:
+                self._recorded.append(decision)
+        loss = (decision.weights * losses).sum()
+        if decision.pseudo is not None and decision.share is not None:
+            loss = (
+                loss
+                + config.relabel_weight * (decision.share * functional.cross_entropy(logits, decision.pseudo)).sum()
+            )
         return loss * distributed.world_size(), size
 
-    def _value(
-        self, batch: _Accepted, at_head: Batch, losses: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
-        """Weights of the samples, their pseudo-labels, how much each of these counts, and b; updates what FSR knows."""
+    def _decide(self, batch: _Accepted, at_head: Batch, losses: Tensor) -> _Decision:
+        """Weights of the samples, their pseudo-labels, how much each of these counts; updates what FSR knows."""
         memory, active = self.memory, self.is_active
         valid = torch.ones_like(losses, dtype=torch.bool) if batch.valid is None else batch.valid
+        new = valid & ~memory.table.visited(batch.index, memory.epoch)
         clean = self._clean(batch)
         clean_features = self.head.features(clean.features, losses.dtype)
         clean_logits = at_head.logits if batch.mix is None else clean.output.to(losses.dtype)
         stored = None if memory.pseudo is None else memory.pseudo.stored(batch.index, losses.dtype)
 
-        step, size, mean_square = self._look_ahead(at_head, stored, active or self._pusher.needs_lookahead)
-        weights, reward_loss = valid / size, losses.new_zeros(())
+        step, size, mean_square = self._look_ahead(at_head, stored, new, active or self._pusher.needs_lookahead)
+        scores, reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(()), losses.new_zeros(())
         if active and step is not None:
-            scores, reward_loss = step.scores(self._reward(batch, losses.dtype))
-            weights = self._weigh(scores, valid, size)
-
+            reward, skipped = self._reward(batch, losses.dtype)
+            scores, reward_loss = step.scores(reward)
+            scores = torch.where(valid, self.config.weight_lr * scores, 0)
+        rule = self.config.weight_rule if active else "uniform"
         ahead = step.logits(clean_features, clean_logits) if step is not None and self._pusher.needs_lookahead else None
         score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
-        momentum = memory.table.update(batch.index, score, batch.label, memory.epoch, valid)
-        memory.dictionary.push(batch.index, batch.label, momentum, self._payload(clean))
+
+        length = len(losses) if self._length is None else self._length
+        mine = (torch.where(valid, batch.index, -1), batch.label, score)
+        sums, (index, label, score), counts = distributed.gather(_sums(rule, scores, valid), mine, length)
+        weights = self._weigh(rule, scores, valid, size, sums)
+        offset = distributed.rank() * length
+        momentum = memory.visit(index, label, score, self._payload(clean), offset)[offset : offset + len(losses)]
+        if len(momentum) < len(losses):  # a batch larger than any before: its last samples were not sent
+            momentum = torch.cat([momentum, momentum.new_full((len(losses) - len(momentum),), -torch.inf)])
         pseudo = share = None
-        if memory.pseudo is not None and stored is not None:
+        if memory.pseudo is not None and stored is not None and mean_square is not None:
             pseudo, seen = memory.pseudo.update(batch.index, clean_logits, stored, momentum > -torch.inf, mean_square)
+            seen = seen & new
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
                 seen = seen & seen[batch.mix.partner]
-            share = (seen & valid) / size if active else None
+            share = seen.to(weights.dtype) / size if active else None
 
         self.weights = weights
+        if self._length is not None:
+            self._length = max(length, *counts)
         memory.steps += 1
-        world = distributed.world_size()
-        seen_now = world * (weights * losses).sum(), world * reward_loss, (weights <= 0).sum() / len(weights)
-        spread = functional.effective_sample_size(weights), weights.amax() * size
-        counts = (weights.amax() <= 0), (~valid).sum()
-        memory.sums += torch.stack(
-            [torch.as_tensor(value, device=weights.device) for value in (*seen_now, *spread, *counts)]
-        )
-        return weights, pseudo, share, size
+        if len(losses):
+            world = distributed.world_size()
+            seen_now = world * (weights * losses).sum(), world * reward_loss, (weights <= 0).sum() / len(weights)
+            spread = functional.effective_sample_size(weights), weights.amax() * size
+            bad = (weights.amax() <= 0), (~valid).sum(), skipped
+            memory.sums += torch.stack(
+                [torch.as_tensor(value, device=weights.device) for value in (*seen_now, *spread, *bad)]
+            )
+        return _Decision(weights, pseudo, share, sum(counts))
 
     def _clean(self, batch: _Accepted) -> Capture:
         """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
@@ -255,8 +305,8 @@ class Reweighting:
         leaves = pytree.tree_leaves((capture.args, capture.kwargs))
         return tuple(leaf.detach() for leaf in leaves if _is_batched(leaf, len(capture.features)))
 
-    def _reward(self, batch: _Accepted, dtype: torch.dtype) -> Reward:
-        """This process's part of the reward batch."""
+    def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor]:
+        """This process's part of the reward batch, and how many samples were left out of it because of NaN or inf."""
         config, capture = self.config, batch.capture
         drawn = self.memory.dictionary.draw(config.reward_batch_size, self.memory.generator(0))
         part = slice(distributed.rank(), None, distributed.world_size())
@@ -269,49 +319,59 @@ class Reweighting:
             leaves = [next(rows) if _is_batched(leaf, len(capture.features)) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, tree)
             features = self._replay(args, kwargs, capture).features
-        return Reward(self.head.features(features, dtype), label, config.label_smoothing, config.reward_batch_size)
+        features = self.head.features(features, dtype)
+        reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
+        finite = features.flatten(1).sum(1).isfinite()
+        skipped = (~finite).sum()
+        if features.device.type == "cpu" and not skipped:
+            return reward, skipped
+        features = torch.where(finite.view(-1, *[1] * (features.ndim - 1)), features, 0)
+        dense = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
+        soft = functional.dense_target(dense, dense, config.label_smoothing) * finite[:, None]
+        return replace(reward, features=features, target=soft, label_smoothing=0.0), skipped
 
     def _look_ahead(
-        self, batch: Batch, stored: Tensor | None, needed: bool
+        self, batch: Batch, stored: Tensor | None, new: Tensor, needed: bool
     ) -> tuple[MetaStep | None, int | Tensor, Tensor | None]:
         """The look-ahead step if it is needed, b and the mean square of ŷ over all processes: one all-reduce."""
-        lr, here = self.config.lookahead_lr, len(batch.logits)
-        if distributed.world_size() == 1:
-            if not needed:
-                return None, here, None
-            if self.head.is_linear:
-                return LinearStep(self.head, batch, lr), here, None
-            gradient = self.head.gradient(batch)
-            return FunctionalStep(self.head, batch, lr, gradient, here, distributed.sum_all), here, None
-        gradient = self.head.gradient(batch) if needed else {}
-        extra = {"/size": batch.logits.new_tensor(float(here))}
-        if stored is not None:
-            extra["/square"] = stored.square().sum()
-        total = distributed.sum_all({**gradient, **extra})
-        size = total.pop("/size")
-        mean_square = total.pop("/square") / (size * batch.logits.shape[1]) if stored is not None else None
-        step = FunctionalStep(self.head, batch, lr, total, size, distributed.sum_all) if needed else None
-        return step, size, mean_square
-
-    def _weigh(self, scores: Tensor, valid: Tensor, size: int | Tensor) -> Tensor:
-        """ω of the batch, normalised over all processes (Eq. 2, Section 5.2)."""
-        scores = torch.where(valid, self.config.weight_lr * scores, 0)
-        if self.config.weight_rule == "uniform":
-            return valid / size
-        if self.config.weight_rule == "clip":
-            unnormalized = functional.clip_weights(scores)
-            total = distributed.sum_in_place(unnormalized.sum())
+        lr, here, world = self.config.lookahead_lr, len(batch.logits), distributed.world_size()
+        sums = {} if stored is None else {"/square": (new * stored.square().mean(1)).sum(), "/new": new.sum()}
+        if world == 1 and self.head.is_linear:
+            step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
+            size: int | Tensor = here
         else:
-            here = torch.stack(
-                [torch.where(valid, scores, torch.inf).amin(), scores.sum(), valid.sum().to(scores.dtype)]
-            )
-            everywhere = distributed.gather_all(here)
-            minimum, count = everywhere[:, 0].amin(), everywhere[:, 2].sum()
+            gradient = self.head.gradient(batch) if needed else {}
+            sums = {name: value.to(batch.logits.dtype) for name, value in sums.items()}
+            total = distributed.sum_all({**gradient, **sums, "/size": batch.logits.new_tensor(float(here))})
+            sums = {name: total.pop(name) for name in sums}
+            size = total.pop("/size") if world > 1 else here
+            step = FunctionalStep(self.head, batch, lr, total, size, distributed.sum_all) if needed else None
+        return step, size, sums["/square"] / sums["/new"].clamp(min=1) if sums else None
+
+    def _weigh(self, rule: str, scores: Tensor, valid: Tensor, size: int | Tensor, sums: Tensor) -> Tensor:
+        """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: `_sums` of each, (W, k)."""
+        uniform = valid.to(scores.dtype) / size
+        if rule == "uniform":
+            return uniform
+        if rule == "clip":
+            unnormalized, total = functional.clip_weights(scores), sums.sum()
+        else:
+            minimum, count = sums[:, 0].amin(), sums[:, 2].sum()
             unnormalized = functional.shift_weights(scores, minimum, size) * valid
-            total = everywhere[:, 1].sum() - count * minimum + count / size
-        weights = functional.normalize_weights(unnormalized, total)
-        weights = torch.where(total.isfinite(), weights, valid / size)  # a non-finite reward batch: plain training
+            total = sums[:, 1].sum() - count * minimum + count / size
+        weights = functional.normalize_weights(unnormalized, total).to(scores.dtype)
+        weights = torch.where(total.isfinite(), weights, uniform)  # a non-finite reward batch: plain training
         return weights if self.config.max_weight is None else weights.clamp(max=self.config.max_weight / size)
+
+
+def _sums(rule: str, scores: Tensor, valid: Tensor) -> Tensor:
+    """What the other processes must know of this one's scores to normalise the weights, (k,)."""
+    if rule == "clip":
+        return functional.clip_weights(scores).sum()[None]
+    if rule == "shift":
+        lowest = torch.where(valid, scores, torch.inf).amin() if len(scores) else scores.new_tensor(torch.inf)
+        return torch.stack([lowest, scores.sum(), valid.sum().to(scores.dtype)])
+    return scores.new_zeros(0)
 
 
 def _is_batched(leaf: Any, batch_size: int) -> bool:

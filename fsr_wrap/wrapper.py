@@ -6,18 +6,20 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
-from . import functional
+from . import distributed, functional
 from .checks import as_logits
 from .config import FSRConfig, check_names
 from .data import sample_counts
 from .dictionary import RewardDictionary
-from .heads import Head, resolve_head, unwrap
+from .heads import Head, check_parallelism, resolve_head, unwrap
 from .memory import METRICS, Memory
 from .state import read_state, write_state
 from .step import Reweighting
@@ -52,8 +54,9 @@ class FSRWrapper(Optimizer):
         [`end_epoch`][fsr_wrap.FSRWrapper.end_epoch].
     - `config`: an [`FSRConfig`][fsr_wrap.FSRConfig]; `overrides` set single fields of it.
 
-    **Raises:** `ValueError` if the head is not found or a value is out of range, `TypeError` for an unknown field or a
-    wrong type. Model and optimizer are then as they were.
+    **Raises:** `ValueError` if the head is not found or a value is out of range, `TypeError` for an unknown field, a
+    wrong type or a kind of parallelism that is not supported (nn.DataParallel, FSDP1, DeepSpeed, tensor parallel).
+    Model and optimizer are then as they were.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class FSRWrapper(Optimizer):
         config = replace(config or FSRConfig(), **check_names(overrides))
         rows, length = (None, None) if dataset is None else sample_counts(dataset)
         core = unwrap(model)
+        check_parallelism(core)
         name, module = resolve_head(core, head)
         total = num_samples or rows
         if config.weight_rule == "clip" and total is not None and 2 * config.dictionary_size > total:
@@ -93,7 +97,7 @@ class FSRWrapper(Optimizer):
         self.config = config
         self._reweighting = Reweighting(core, Head(name, module), config, Memory(config, total))
         self._samples_per_epoch = samples_per_epoch or length or num_samples
-        self._warned = False
+        self._warned = self._warned_of_state = False
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +220,8 @@ class FSRWrapper(Optimizer):
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
         (0 in warm-up), `fsr/zero_weight_ratio` (should come near the share of wrong labels),
         `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums:
-        `fsr/all_zero_batches`, `fsr/skipped_samples`; and as they stand: `fsr/epoch`, `fsr/reweighting`,
+        `fsr/all_zero_batches`, `fsr/skipped_samples`, `fsr/skipped_reward_samples` (NaN or infinite); and as they
+        stand: `fsr/epoch`, `fsr/reweighting`,
         `fsr/dictionary_size`.
         Empty before the first `loss()`.
         """
@@ -227,7 +232,7 @@ class FSRWrapper(Optimizer):
         memory.sums.zero_()
         memory.steps = 0
         out = {f"fsr/{name}": value / steps for name, value in zip(METRICS, sums, strict=True)}
-        for name in ("all_zero_batches", "skipped_samples"):
+        for name in ("all_zero_batches", "skipped_samples", "skipped_reward_samples"):
             out[f"fsr/{name}"] *= steps
         out["fsr/epoch"] = memory.epoch
         out["fsr/reweighting"] = float(self.is_reweighting)
@@ -237,8 +242,17 @@ class FSRWrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, and FSR's own state under `"fsr"`: plain tensors, numbers and strings.
 
-        It loads with `weights_only=True`, and a plain optimizer loads it too, leaving FSR's part aside.
+        It loads with `weights_only=True`, and a plain optimizer loads it too, leaving FSR's part aside. It is the same
+        in all processes and fits any number of them; in mid-epoch all of them must call
+        [`consolidate`][fsr_wrap.FSRWrapper.consolidate] first.
         """
+        if self._memory.scattered and not self._warned_of_state:
+            self._warned_of_state = True
+            warnings.warn(
+                "This state dict was taken in mid-epoch, in one of several processes, and lacks what the others saw "
+                "since the epoch began: call consolidate() in all processes before.",
+                stacklevel=2,
+            )
         return {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,15 +266,39 @@ class FSRWrapper(Optimizer):
         state = state_dict.pop("fsr", None)
         fitting = self.config, self._memory.num_samples
         memory = Memory(*fitting) if state is None else Memory.from_state_dict(state, *fitting)
-        self.optimizer.load_state_dict(state_dict)
+        self.optimizer.load_state_dict(self._sharded(state_dict))
         self._reweighting.memory = memory
+
+    def _sharded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The inner optimizer's state dict, with whole tensors sharded where FSDP2 shards their parameters."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [parameter for group in self.param_groups for parameter in group["params"]]
+        state = dict(state_dict["state"])
+        for number, parameter in zip(numbers, params, strict=False):  # the optimizer says if there are too few
+            if number in state:
+                sharded = partial(distributed.shard_like, parameter=parameter)
+                state[number] = pytree.tree_map_only(Tensor, sharded, state[number])
+        return {**state_dict, "state": state}
+
+    def consolidate(self) -> None:
+        """In several processes, brings together what each of them holds apart since the epoch began: candidates'
+        features or inputs, and pseudo-labels. All processes must call it, before one of them takes a `state_dict` in
+        mid-epoch. Training goes on as if nothing had happened. In one process there is nothing to do.
+
+        With Accelerate: `accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate())`.
+        """
+        self._memory.consolidate()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `state_dict()` to `folder/fsr.safetensors`, without pickle; a file of that name is always whole.
 
-        In several processes call it in one of them.
+        All processes must call it; the first one writes, and all return when it is done.
         """
-        write_state(folder, self.state_dict())
+        self.consolidate()
+        state = pytree.tree_map_only(Tensor, distributed.whole, self.state_dict())
+        if distributed.rank() == 0:
+            write_state(folder, state)
+        distributed.barrier()
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Loads what `save` wrote to the folder.
@@ -300,8 +338,14 @@ class FSRWrapper(Optimizer):
         self.optimizer.defaults = value
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The inner optimizer's step. With `closure`, the closure calls `loss()` as usual."""
-        return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
+        """The inner optimizer's step.
+
+        With `closure`, the closure calls `loss()` as usual. Only its first evaluation values the batch; the others of
+        the same step, LBFGS's say, take the same weights and pseudo-labels.
+        """
+        if closure is None:
+            return self.optimizer.step(**kwargs)
+        return self.optimizer.step(self._reweighting.evaluated_once(closure), **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The inner optimizer's `zero_grad`."""

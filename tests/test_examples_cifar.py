@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,8 @@ import cifar
 from networks import make_network
 
 QUICK = ["--model", "test_resnet", "--batch-size", "50", "--quiet", "--lr", "0.05", "--augment", "none"]
+SHORT = ["--limit", "200", "--epochs", "3", "--augment", "crop", "--noise", "column:wrong_label"]  # 4 steps an epoch
+SHORT += ["--image-size", "16", "--test-limit", "100", "--fsr", '{"warmup_epochs": 1, "dictionary_size": 20}']
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +120,173 @@ def test_networks_have_the_papers_size(name: str, millions: float) -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
     if name != "wrn28_10":
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+STEP = (cifar, "train_loss")
+
+
+class Killed(Exception):
+    """Nothing after it happens any more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second one costs more than it brings where the model is so small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_until_killed(folder: Path, *flags: str, at: tuple[Any, str], call: int) -> None:
+    """Runs until the function `at` (of what, name) is called for the `call`-th time."""
+    function, calls = getattr(*at), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*at, counted)
+        with pytest.raises(Killed):
+            run(folder, *flags)
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def final_model(output: Path) -> bytes:
+    return (output / "checkpoints" / "epoch_0003_step_00000000" / "model.safetensors").read_bytes()
+
+
+Whole = Callable[..., tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def whole(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Runs from beginning to end without a checkpoint in mid-epoch; returns the result and the folder."""
+
+    @functools.cache
+    def whole(*flags: str) -> tuple[dict[str, Any], Path]:
+        output = tmp_path_factory.mktemp("whole")
+        return run(parquet, *SHORT, *flags, "--output-dir", str(output)), output
+
+    return whole
+
+
+FLAGS = {
+    "restarts": [],
+    "mixup": ["--mixup"],
+    "long tail": ["--imbalance", "2", "--schedule", "steps", "--batch-size", "40"],
+    "ce": ["--method", "ce", "--schedule", "cosine"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+def test_a_killed_run_ends_where_the_other_did(
+    flags: list[str], parquet: Path, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, output = whole(*flags)
+    resumable = [*SHORT, *flags, "--output-dir", str(tmp_path), "--checkpoint-steps", "3"]
+    run_until_killed(parquet, *resumable, at=STEP, call=8)
+    assert checkpoints(tmp_path) == ["epoch_0001_step_00000000", "epoch_0001_step_00000002"]
+    assert run(parquet, *resumable, "--resume") == expected
+    assert "epoch 1, step 2" in capsys.readouterr().out
+    assert final_model(tmp_path) == final_model(output)
+
+
+def test_killed_while_a_checkpoint_is_written(parquet: Path, whole: Whole, tmp_path: Path) -> None:
+    expected, output = whole()
+    resumable = [*SHORT, "--output-dir", str(tmp_path), "--checkpoint-steps", "3", "--keep", "1"]
+    run_until_killed(parquet, *resumable, at=(Path, "replace"), call=4)  # the third checkpoint gets its name
+    assert checkpoints(tmp_path) == ["epoch_0001_step_00000000", "partial"]
+    run_until_killed(parquet, *resumable, "--resume", at=(shutil, "rmtree"), call=2)  # the one before it is removed
+    assert checkpoints(tmp_path) == ["epoch_0001_step_00000002", "partial"]
+    assert run(parquet, *resumable, "--resume") == expected
+    assert checkpoints(tmp_path) == ["epoch_0003_step_00000000"]
+    assert final_model(tmp_path) == final_model(output)
+
+
+def test_a_finished_run_trains_nothing(parquet: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, output = whole(*FLAGS["long tail"])
+    before = checkpoints(output)
+    monkeypatch.setattr(cifar, "train_loss", None)
+    assert run(parquet, *SHORT, *FLAGS["long tail"], "--output-dir", str(output), "--resume") == expected
+    assert checkpoints(output) == before
+
+
+def test_resuming_before_the_first_checkpoint(
+    parquet: Path, whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, output = whole()
+    resumable = [*SHORT, "--output-dir", str(tmp_path)]
+    run_until_killed(parquet, *resumable, at=STEP, call=2)
+    assert run(parquet, *resumable, "--resume") == expected
+    assert "no checkpoint" in capsys.readouterr().out
+    assert final_model(tmp_path) == final_model(output)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(parquet: Path, whole: Whole) -> None:
+    _, output = whole()
+    before = final_model(output)
+
+    def refused(match: str, *flags: str) -> None:
+        with pytest.raises(SystemExit, match=match):
+            run(parquet, *SHORT, "--output-dir", str(output), *flags)
+
+    refused("has checkpoints of another run: pass --resume")
+    refused(r"written with --seed 0 \(now 3\), checksum of the labels", "--resume", "--seed", "3")
+    refused("--noise column:wrong_label .now none", "--resume", "--noise", "none")
+    refused("--limit 200 .now 150", "--resume", "--limit", "150")
+    refused("with --model test_resnet .now resnet20.: go on", "--resume", "--model", "resnet20")
+    refused("--mixup False .now True", "--resume", "--mixup")
+    refused("images a step over all processes 50 .now 25", "--resume", "--batch-size", "25")
+    assert final_model(output) == before
+
+
+def test_checkpoints_need_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--resume"], ["--checkpoint-steps", "3"]):
+        with pytest.raises(SystemExit):
+            cifar.parse(flags)
+        assert "need --output-dir" in capsys.readouterr().err
+
+
+def test_a_killed_run_on_two_processes(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ends where the uninterrupted one does; and one process goes on with what two have written."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, parquet, tmp_path]
+    environment = {"ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "epoch 1, step 2" in done.stdout
+    assert final_model(tmp_path / "killed") == final_model(tmp_path / "whole")
+    flags = [*SHORT, "--mixup", "--output-dir", str(tmp_path / "fewer"), "--resume"]
+    assert len(run(parquet, *flags, "--batch-size", "50")["curve"]) == 3
+    assert "epoch 1, step 2" in capsys.readouterr().out
+
+
+def in_two_processes(parquet: Path, output: Path) -> None:
+    """What each of two processes does: a whole run, one that is killed, and the rest of that one."""
+    flags = [*SHORT, "--mixup", "--batch-size", "25", "--output-dir"]
+    expected = run(parquet, *flags, str(output / "whole"))
+    run_until_killed(parquet, *flags, str(output / "killed"), "--checkpoint-steps", "3", at=STEP, call=8)
+    if os.environ["RANK"] == "0":
+        shutil.copytree(output / "killed", output / "fewer")
+    resumed = run(parquet, *flags, str(output / "killed"), "--resume")
+    assert resumed["curve"] == expected["curve"]
+    assert resumed["purity"] == expected["purity"]
+
+
+if __name__ == "__main__":
+    in_two_processes(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -40,7 +40,7 @@ def inat():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         yield importlib.import_module("inat2018")
-        for name in ("inat2018", "common"):
+        for name in ("inat2018", "checkpoints", "common"):
             sys.modules.pop(name, None)
 
 
@@ -88,6 +88,18 @@ def test_a_resumed_run_ends_where_the_other_did(first, tmp_path):
     assert len(list((resumed / "checkpoints").iterdir())) == 2
     assert (resumed / last / "model.safetensors").read_bytes() == (output / last / "model.safetensors").read_bytes()
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+
+
+def test_only_the_digits_forget_their_last_run(inat, tmp_path):
+    args = inat.parse_args(["--output-dir", str(tmp_path)])
+    old = tmp_path / "checkpoints" / "epoch_0001_step_00000000"
+    old.mkdir(parents=True)
+    inat.find_data(args, inat.Accelerator())
+    assert old.exists()  # there were no digits yet: it is of a run with --data-dir
+    inat.find_data(inat.parse_args(["--output-dir", str(tmp_path), "--resume"]), inat.Accelerator())
+    assert old.exists()
+    inat.find_data(args, inat.Accelerator())
+    assert not old.exists()
 
 
 def test_the_recipe_of_the_paper(inat, tmp_path):
