@@ -37,7 +37,8 @@ class FSRConfig:
         gets `max(1, |R| // C)` of them.
     - `reward_batch_size`: q, the number of reward samples drawn a step, in all processes together.
     - `score_momentum`: λ in [0, 1), P̂ ← λP̂ + (1−λ)P (Section 4.1).
-    - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1).
+    - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1). 0 takes none, which is L2R's meta-gradient at
+        ω₀ = 0; scores are then in units of η.
     - `weight_lr`: α, the step size of the weight update (Eq. 3). Under `weight_rule="clip"` it cancels in the
         normalisation, up to its ε.
     - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
@@ -90,7 +91,7 @@ class FSRConfig:
             "dictionary_size": at_least_one,
             "reward_batch_size": at_least_one,
             "score_momentum": below_one,
-            "lookahead_lr": positive,
+            "lookahead_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
             "weight_lr": positive,
             "warmup_epochs": natural,
             "weight_rule": (lambda v: v in ("clip", "shift", "uniform"), '"clip", "shift" or "uniform"'),

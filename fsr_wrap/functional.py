@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad_and_value, jvp
 
 Params = dict[str, Tensor]
 HeadFn = Callable[[Params, Tensor], Tensor]
@@ -60,22 +60,22 @@ def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Te
 
 def head_gradient(
     head: HeadFn, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float = 0.0
-) -> Params:
-    """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, by torch.func.grad.
+) -> tuple[Params, Tensor]:
+    """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, and Σ_i ℓ_i(φ), by torch.func.
 
     **Arguments:**
 
     - `head`, `params`: the head as a function and φ.
     - `features`: (b, ...), h. `target`: (b,) or (b, C).
 
-    **Returns:** the gradient, named and shaped like φ. Divided by q, at φ' and on a reward batch, it is
-    G = ∇_φ' (1/q) Σ_j ℓ(y_j, head(h_j; φ')) (Eq. 3, Eq. 6's first factor).
+    **Returns:** the gradient, named and shaped like φ, and the loss, (). Divided by q, at φ' and on a reward batch, the
+    gradient is G = ∇_φ' (1/q) Σ_j ℓ(y_j, head(h_j; φ')) (Eq. 3, Eq. 6's first factor).
     """
 
     def loss(params: Params) -> Tensor:
         return cross_entropy(head(params, features), target, label_smoothing).sum()
 
-    return grad(loss)(params)
+    return grad_and_value(loss)(params)
 
 
 def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int | Tensor) -> Params:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional as fsr
+from .checks import as_logits
 from .distributed import whole
 from .functional import Params
 
@@ -107,6 +109,29 @@ def resolve_head(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Modul
     raise ValueError(f"The model has no module named {head!r}. {_candidates(model)}")
 
 
+def resolve_part(
+    model: nn.Module, head: str | nn.Module | Sequence[str | nn.Module]
+) -> tuple[str, nn.Module, frozenset[str] | None]:
+    """Θ^meta: a name, the module that maps features to logits, and which of its parameters are meant (None: all).
+
+    **Arguments:** `head` as in `resolve_head`, or a list of such, or `"all"`; the module is then the whole model.
+
+    **Raises:** as `resolve_head`; `ValueError` if the parts have no parameters that are trained.
+    """
+    if isinstance(head, (list, tuple)) and len(head) == 1:
+        head = head[0]
+    if isinstance(head, nn.Module) or (isinstance(head, str) and head != "all"):
+        return *resolve_head(model, head), None
+    if not isinstance(head, (str, list, tuple)):
+        raise TypeError(f'head must be a name, a module, a list of them, "auto" or "all", not {type(head).__name__}.')
+    found = [("", model)] if head == "all" else [resolve_head(model, one) for one in head]
+    ids = {id(parameter) for _, part in found for parameter in part.parameters() if parameter.requires_grad}
+    names = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
+    if not names:
+        raise ValueError(f"{head!r} has no parameters that are trained.")
+    return "all" if head == "all" else ", ".join(name for name, _ in found), model, names
+
+
 def _is_linear(module: nn.Module) -> bool:
     kind: type = type(module)
     if _is_fully_sharded(module):  # of a class of its own then: (FSDPModule, nn.Linear)
@@ -173,7 +198,7 @@ class Tap:
     def __init__(self, model: nn.Module, head: nn.Module):
         self._captures: deque[Capture] = deque(maxlen=_MEMORY)
         self._diverted: Capture | None = None
-        self._diverting = False
+        self._diverting = self._muted = False
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._handles = [
             model.register_forward_pre_hook(self._on_model, with_kwargs=True),
@@ -190,7 +215,8 @@ class Tap:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._captures, self._diverted, self._diverting = deque(maxlen=_MEMORY), None, False
+        self._captures, self._diverted = deque(maxlen=_MEMORY), None
+        self._diverting = self._muted = False
         self._inputs, self._handles = ((), {}), []
 
     def remove(self) -> None:
@@ -198,15 +224,31 @@ class Tap:
         for handle in self._handles:
             handle.remove()
 
+    def _is_listening(self) -> bool:
+        return torch.is_grad_enabled() and not self._diverting and not self._muted
+
+    @contextmanager
+    def mute(self) -> Iterator[None]:
+        """Within it, forwards are our own and leave nothing behind."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not self._diverting:
+        if self._is_listening():
             self._inputs = (args, kwargs)
 
     def _on_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (torch.is_grad_enabled() or self._diverting):
+        if not (self._is_listening() or self._diverting):
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) != 1 or not isinstance(output, Tensor):
+        if len(tensors) != 1:
+            return
+        try:
+            output = as_logits(output)
+        except TypeError:
             return
         device = output.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -281,6 +323,11 @@ class MetaStep(Protocol):
         ...
 
 
+def _scale(lr: float) -> float:
+    """Of the scores: η, or 1 where no look-ahead is taken (L2R's meta-gradient at ω₀ = 0, in units of its η)."""
+    return lr or 1.0
+
+
 class LinearStep:
     """The closed form for a linear head under cross-entropy, in one process."""
 
@@ -294,11 +341,11 @@ class LinearStep:
         )
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
-        logits = self.logits(reward.features, self._head.logits(reward.features))
+        logits = self.logits(reward.features, self._head.logits(reward.features, self._batch.logits.dtype))
         residual = fsr.residual(logits, reward.target, reward.label_smoothing) / reward.batch_size
         loss = fsr.cross_entropy(logits, reward.target, reward.label_smoothing).sum() / reward.batch_size
         scores = fsr.linear_meta_gradient(
-            self._batch.features, self._residual, reward.features, residual, lr=self._lr, bias=self._bias
+            self._batch.features, self._residual, reward.features, residual, lr=_scale(self._lr), bias=self._bias
         )
         return scores, loss
 
@@ -306,7 +353,8 @@ class LinearStep:
 class FunctionalStep:
     """torch.func for any head, and for any number of processes.
 
-    **Arguments:** `gradient`, Σ_i ∇_φ ℓ_i and `batch_size`, b, over all processes; `reduce` sums over the processes.
+    **Arguments:** `gradient`, Σ_i ∇_φ ℓ_i (not used if `lr` is 0) and `batch_size`, b, over all processes; `reduce`
+    sums over the processes.
     """
 
     def __init__(
@@ -319,38 +367,39 @@ class FunctionalStep:
         reduce: Callable[[Params], Params],
     ):
         self._head, self._batch, self._lr, self._reduce = head, batch, lr, reduce
-        self._params = head.params(batch.features.dtype)
-        self._ahead = fsr.look_ahead(self._params, gradient, lr=lr, batch_size=batch_size)
+        self._params = self._ahead = head.params(batch.logits.dtype)
+        if lr:
+            self._ahead = fsr.look_ahead(self._params, gradient, lr=lr, batch_size=batch_size)
 
     def logits(self, features: Tensor, logits: Tensor) -> Tensor:
         return self._head.call(self._ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
         where, smoothing = (reward.features, reward.target), reward.label_smoothing
-        total = self._reduce(fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing))
-        gradient = {name: value / reward.batch_size for name, value in total.items()}
-        losses = fsr.cross_entropy(self._head.call(self._ahead, reward.features), reward.target, smoothing)
-        return self._along(gradient), losses.sum() / reward.batch_size
+        total, loss = fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing)
+        gradient = {name: value / reward.batch_size for name, value in self._reduce(total).items()}
+        return self._along(gradient), loss / reward.batch_size
 
     def _along(self, gradient: Params) -> Tensor:
         batch, smoothing = self._batch, self._batch.label_smoothing
         if self._head.is_linear:
             residual = fsr.residual(batch.logits, batch.target, smoothing)
-            return fsr.linear_meta_gradient_along(batch.features, residual, gradient, lr=self._lr)
+            return fsr.linear_meta_gradient_along(batch.features, residual, gradient, lr=_scale(self._lr))
         where = (batch.features, batch.target, gradient)
-        return fsr.meta_gradient(self._head.call, self._params, *where, lr=self._lr, label_smoothing=smoothing)
+        return fsr.meta_gradient(self._head.call, self._params, *where, lr=_scale(self._lr), label_smoothing=smoothing)
 
 
 class Head:
-    """The head as a function of its parameters and its input, apart from the user's forward.
+    """The head as a function of Θ^meta and its input, apart from the user's forward.
 
     Dropout inside the head is off here; BatchNorm inside it runs as in the user's forward, on copies of its statistics.
 
-    **Arguments:** `name` and `module`, from `resolve_head`.
+    **Arguments:** `name` and `module`, from `resolve_head`; `part`, the names of the parameters in the module that are
+    Θ^meta, all of them if not given.
     """
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: nn.Module, part: frozenset[str] | None = None):
+        self.name, self.module, self.part = name, module, part
         self.is_linear = _is_linear(module)
         self.has_bias = getattr(module, "bias", None) is not None
         if not self.is_linear and any(_is_fully_sharded(part) for part in module.modules()):
@@ -358,14 +407,20 @@ class Head:
 
     def params(self, dtype: torch.dtype) -> Params:
         """φ, detached."""
-        params = {name: whole(value.detach()).to(dtype) for name, value in self.module.named_parameters()}
+        params = {
+            name: whole(value.detach()).to(dtype)
+            for name, value in self.module.named_parameters()
+            if self.part is None or name in self.part
+        }
         if self.is_linear:
             params["weight"] = params["weight"].flatten(1)
         return params
 
     def features(self, captured: Tensor, dtype: torch.dtype) -> Tensor:
-        """The captured input in the dtype of the meta arithmetic; flat for a linear head."""
-        return captured.flatten(1).to(dtype) if self.is_linear else captured.to(dtype)
+        """The captured input in the dtype of the meta arithmetic; flat for a linear head, integers as they are."""
+        if captured.is_floating_point():
+            captured = captured.to(dtype)
+        return captured.flatten(1) if self.is_linear else captured
 
     def call(self, params: Params, features: Tensor) -> Tensor:
         """(φ, features) → logits (b, C)."""
@@ -375,17 +430,17 @@ class Head:
             name: value.to(features.dtype, copy=True) if value.is_floating_point() else value.clone()
             for name, value in self.module.named_buffers()
         }
-        with _dropout_off(self.module):
-            return functional_call(self.module, {**buffers, **params}, (features,)).flatten(1)
+        with _dropout_off(self.module), sdpa_kernel(SDPBackend.MATH):  # which torch.func.jvp can differentiate
+            return as_logits(functional_call(self.module, {**buffers, **params}, (features,))).flatten(1)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """The head as it is, at features of the meta arithmetic's dtype; (n, C)."""
-        return self.call(self.params(features.dtype), features)
+    def logits(self, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """The head as it is, in the meta arithmetic's dtype; (n, C)."""
+        return self.call(self.params(dtype), features)
 
     def gradient(self, batch: Batch) -> Params:
         """Σ_i ∇_φ ℓ_i of a batch in this process."""
-        params = self.params(batch.features.dtype)
-        return fsr.head_gradient(self.call, params, batch.features, batch.target, label_smoothing=batch.label_smoothing)
+        where = self.params(batch.logits.dtype), batch.features, batch.target
+        return fsr.head_gradient(self.call, *where, label_smoothing=batch.label_smoothing)[0]
 
     def check(self, capture: Capture, logits: Tensor) -> bool:
         """Checks that this module's output are the logits.
@@ -409,7 +464,7 @@ class Head:
         if any(_active_dropout(part) for part in self.module.modules()):
             return True  # its training-time output is random; the shapes agree
         dtype = meta_dtype(logits)
-        expected, found = logits.detach().to(dtype), self.logits(self.features(capture.features, dtype))
+        expected, found = logits.detach().to(dtype), self.logits(self.features(capture.features, dtype), dtype)
         coarse = logits.dtype in (torch.float16, torch.bfloat16) or capture.autocast is not None
         finite = expected.isfinite().all(1)
         if not finite.any():

@@ -69,6 +69,8 @@ class Reweighting:
         self._watch = Watch()
         self._mixes: deque[_Mix] = deque(maxlen=8)
         self._checked = False
+        # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
+        self._keeps_features = config.reward == "cached" or head.module is core
         self._length: int | None = None  # of the columns that the processes exchange: the largest batch of one of them
         self._recorded: list[_Decision] | None = None
         self._replayed: Iterator[_Decision] = iter(())
@@ -169,7 +171,9 @@ class Reweighting:
         }
         skip = self.config.nonfinite == "skip"
         self._watch({name: n for name, n in problems.items() if not (skip and name == "non-finite")}, messages)
-        self._checked = self._checked or self.head.check(capture, logits)
+        if not self._checked:
+            with self._tap.mute():
+                self._checked = self.head.check(capture, logits)
         if logits.device.type == "cpu" and not skip:
             return _Accepted(logits, target, label, index, capture, mix, None)
         index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
@@ -208,7 +212,7 @@ class Reweighting:
         decision = next(self._replayed, None)
         size = 0
         if decision is None:
-            with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(logits.device.type, enabled=False), self._tap.mute():
                 features = self.head.features(batch.capture.features, dtype)
                 at_head = Batch(features, logits.detach(), target.detach(), smoothing)
                 decision = self._decide(batch, at_head, losses.detach())
@@ -300,7 +304,7 @@ class Reweighting:
 
     def _payload(self, capture: Capture) -> tuple[Tensor, ...]:
         """What the dictionary stores of a batch: the head's input, or the model's."""
-        if self.config.reward == "cached":
+        if self._keeps_features:
             return (capture.features,)
         leaves = pytree.tree_leaves((capture.args, capture.kwargs))
         return tuple(leaf.detach() for leaf in leaves if _is_batched(leaf, len(capture.features)))
@@ -311,7 +315,7 @@ class Reweighting:
         drawn = self.memory.dictionary.draw(config.reward_batch_size, self.memory.generator(0))
         part = slice(distributed.rank(), None, distributed.world_size())
         payload, label = [tensor[part] for tensor in drawn.payload], drawn.label[part]
-        if config.reward == "cached":
+        if self._keeps_features:
             features = payload[0]
         else:
             leaves, tree = pytree.tree_flatten((capture.args, capture.kwargs))
@@ -340,7 +344,7 @@ class Reweighting:
             step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
             size: int | Tensor = here
         else:
-            gradient = self.head.gradient(batch) if needed else {}
+            gradient = self.head.gradient(batch) if needed and lr else {}
             sums = {name: value.to(batch.logits.dtype) for name, value in sums.items()}
             total = distributed.sum_all({**gradient, **sums, "/size": batch.logits.new_tensor(float(here))})
             sums = {name: total.pop(name) for name in sums}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from .checks import as_logits
 from .config import FSRConfig, check_names
 from .data import sample_counts
 from .dictionary import RewardDictionary
-from .heads import Head, check_parallelism, resolve_head, unwrap
+from .heads import Head, check_parallelism, resolve_part, unwrap
 from .memory import METRICS, Memory
 from .state import read_state, write_state
 from .step import Reweighting
@@ -46,7 +46,9 @@ class FSRWrapper(Optimizer):
     - `model`: the model that is trained, as it is or inside DDP or torch.compile.
     - `optimizer`: any `torch.optim.Optimizer`, also one that Accelerate prepared.
     - `head`: Θ^meta, the part that takes the look-ahead step: a module of the model or its dotted name; `"auto"` finds
-        the classifier of timm and Hugging Face models, else the last linear layer.
+        the classifier of timm and Hugging Face models, else the last linear layer. A list of modules or names, or
+        `"all"`, makes a deeper Θ^meta (Figure 4, right): the dictionary then holds the model's inputs, and a step costs
+        several times a plain one. With `lookahead_lr=0` that is L2R's meta-gradient, without second order.
     - `dataset`: the training set, for its length (see [`with_index`][fsr_wrap.with_index]).
     - `num_samples`: N, if there is no data set to give: indices lie in [0, N).
     - `samples_per_epoch`: how many samples an epoch consumes, over all processes. The data set's length if not given.
@@ -63,7 +65,7 @@ class FSRWrapper(Optimizer):
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        head: str | nn.Module = "auto",
+        head: str | nn.Module | Sequence[str | nn.Module] = "auto",
         *,
         dataset: Any = None,
         num_samples: int | None = None,
@@ -84,7 +86,7 @@ class FSRWrapper(Optimizer):
         rows, length = (None, None) if dataset is None else sample_counts(dataset)
         core = unwrap(model)
         check_parallelism(core)
-        name, module = resolve_head(core, head)
+        head_parts = resolve_part(core, head)
         total = num_samples or rows
         if config.weight_rule == "clip" and total is not None and 2 * config.dictionary_size > total:
             warnings.warn(
@@ -95,7 +97,7 @@ class FSRWrapper(Optimizer):
 
         self.optimizer = optimizer
         self.config = config
-        self._reweighting = Reweighting(core, Head(name, module), config, Memory(config, total))
+        self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total))
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._warned = self._warned_of_state = False
 

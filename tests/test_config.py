@@ -12,12 +12,13 @@ NAN, INF = math.nan, math.inf
 AT_LEAST_ONE = "an integer >= 1", [0, -1, 2.0, True, "2", None]
 NATURAL = "an integer >= 0", [-1, 0.5, True, "1", None]
 BELOW_ONE = r"a number in \[0, 1\)", [1, 1.0, -0.1, NAN, INF, "0.5", None, True]
+NOT_NEGATIVE = "a number >= 0", [-0.1, NAN, INF, "1", None, True]
 POSITIVE = "a number > 0", [0, 0.0, -1, NAN, INF, "1", None, True]
 WRONG = {
     "dictionary_size": AT_LEAST_ONE,
     "reward_batch_size": AT_LEAST_ONE,
     "score_momentum": BELOW_ONE,
-    "lookahead_lr": POSITIVE,
+    "lookahead_lr": NOT_NEGATIVE,
     "weight_lr": POSITIVE,
     "warmup_epochs": NATURAL,
     "weight_rule": ('"clip", "shift" or "uniform"', ["Clip", "", None, 1]),
@@ -26,7 +27,7 @@ WRONG = {
         ["margin", None, NegativeLoss, ["negative_loss"]],
     ),
     "reward": ('"cached" or "fresh"', ["Fresh", None, True]),
-    "relabel_weight": ("a number >= 0", [-0.1, NAN, INF, "1", None, True]),
+    "relabel_weight": NOT_NEGATIVE,
     "relabel_momentum": BELOW_ONE,
     "relabel_temperature": POSITIVE,
     "label_smoothing": BELOW_ONE,
@@ -42,6 +43,7 @@ RIGHT = {
     "score_momentum": [0, 0.999],
     "warmup_epochs": [0, 160],
     "relabel_weight": [0, 2],
+    "lookahead_lr": [0, 0.5],
     "relabel_momentum": [0],
     "label_smoothing": [0, 0.5],
     "max_weight": [None, 1, 10.5],

@@ -32,10 +32,10 @@ def test_torch_func_path_is_double_backpropagation(head, soft, smoothing):
     _, forward, params, batch, reward = make_problem(head, soft)
     scores, _, ahead = slow_meta_step(forward, params, batch, reward, lr=LR, label_smoothing=smoothing)
 
-    gradient = fsr.head_gradient(forward, params, *batch, label_smoothing=smoothing)
+    gradient, _ = fsr.head_gradient(forward, params, *batch, label_smoothing=smoothing)
     found = fsr.look_ahead(params, gradient, lr=LR, batch_size=len(batch[0]))
     assert_close(found, ahead, 1e-10)
-    total = fsr.head_gradient(forward, found, *reward, label_smoothing=smoothing)
+    total, _ = fsr.head_gradient(forward, found, *reward, label_smoothing=smoothing)
     mean = {name: value / len(reward[0]) for name, value in total.items()}
     assert_close(fsr.meta_gradient(forward, params, *batch, mean, lr=LR, label_smoothing=smoothing), scores, 1e-10)
     assert scores.abs().min() > 1e-6
@@ -70,7 +70,7 @@ def test_steps_of_a_module_are_double_backpropagation(head, kind, soft, smoothin
     wrapped = Head("head", module)
     assert wrapped.is_linear == (head in LINEAR_HEADS)
     features, reward_features = (wrapped.features(part[0], torch.float64) for part in (batch, reward))
-    at_head = Batch(features, wrapped.logits(features), batch[1], smoothing)
+    at_head = Batch(features, wrapped.logits(features, torch.float64), batch[1], smoothing)
     assert_close(at_head.logits, forward(params, batch[0]), 1e-10)
     if kind == "linear":
         step = LinearStep(wrapped, at_head, LR)
@@ -80,7 +80,7 @@ def test_steps_of_a_module_are_double_backpropagation(head, kind, soft, smoothin
 
     assert_close(found_scores, scores, 1e-10)
     assert_close(found_loss, loss, 1e-10)
-    logits = step.logits(reward_features, wrapped.logits(reward_features))
+    logits = step.logits(reward_features, wrapped.logits(reward_features, torch.float64))
     assert_close(logits, forward(ahead, reward[0]), 1e-10)
     assert_close(module.state_dict(), before, 0.0)
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -90,7 +90,7 @@ def test_a_part_of_the_reward_batch_counts_for_its_share():
     """Two processes' parts, each divided by the whole q, add up to the whole."""
     module, _, _, batch, reward = make_problem("mlp", soft=False, q=10)
     head = Head("head", module)
-    at_head = Batch(batch[0], head.logits(batch[0]), batch[1])
+    at_head = Batch(batch[0], head.logits(batch[0], torch.float64), batch[1])
     step = FunctionalStep(head, at_head, LR, head.gradient(at_head), len(batch[0]), lambda tensors: tensors)
     whole = step.scores(Reward(*reward, 0.0, 10))
     parts = [step.scores(Reward(reward[0][i::2], reward[1][i::2], 0.0, 10)) for i in range(2)]
@@ -103,7 +103,7 @@ def test_a_sample_like_the_reward_data_scores_and_its_wrong_twin_does_not():
     torch.nn.init.zeros_(head.weight)
     features = torch.tensor([[1.0, 0.0, 0.0]] * 2, dtype=torch.float64)
     wrapped = Head("head", head)
-    step = LinearStep(wrapped, Batch(features, wrapped.logits(features), torch.tensor([0, 1])), LR)
+    step = LinearStep(wrapped, Batch(features, wrapped.logits(features, torch.float64), torch.tensor([0, 1])), LR)
     scores, _ = step.scores(Reward(features[:1], torch.tensor([0]), 0.0, 1))
     assert scores[0] > 0 > scores[1]
 
@@ -197,7 +197,7 @@ def test_pseudo_labels_follow_the_twin():
         index = torch.randperm(6)[:4]
         logits = torch.randn(4, 3)
         stored = store.stored(index, torch.float32)
-        target, seen = store.update(index, logits, stored, torch.ones(4, dtype=torch.bool))
+        target, seen = store.update(index, logits, stored, torch.ones(4, dtype=torch.bool), stored.square().mean())
         expected, new = slow_relabel(twin[index], logits, 0.1)
         assert_close(target, expected, 1e-2)  # half precision
         assert_close(seen, torch.as_tensor(twin[index] != 0).any(1))
@@ -209,7 +209,7 @@ def test_pseudo_labels_follow_the_twin():
 def test_pseudo_labels_keep_grow_clamp_and_round_trip():
     store = PseudoLabels(3, 2, 0.0, 1.0)
     logits = torch.tensor([[1.0, 2.0], [1e9, -1e9]])
-    store.update(torch.tensor([0, 2]), logits, torch.zeros(2, 2), torch.tensor([False, True]))
+    store.update(torch.tensor([0, 2]), logits, torch.zeros(2, 2), torch.tensor([False, True]), torch.tensor(0.0))
     assert store.logits[:2].eq(0).all()
     assert store.logits.isfinite().all()
     assert store.logits[2].tolist() == [65504.0, -65504.0]
@@ -218,7 +218,7 @@ def test_pseudo_labels_keep_grow_clamp_and_round_trip():
     assert held.shape == (3, 2)
     store.grow(2)
     assert store.logits.shape == (4, 2)
-    store.grow(4)
+    store.grow(6)
     assert store.logits.shape == (7, 2)
     assert_close(store.logits[:3], held, 0.0)
     assert store.logits[3:6].eq(0).all()

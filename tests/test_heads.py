@@ -101,7 +101,7 @@ def test_auto_finds_the_head_of_a_real_model(make, name):
     assert logits.shape == (2, 7)
     capture = tap.find(logits)
     head.check(capture, logits)
-    assert_close(head.logits(head.features(capture.features, torch.float32)), logits.detach(), 1e-5)
+    assert_close(head.logits(head.features(capture.features, torch.float32), torch.float32), logits.detach(), 1e-5)
 
 
 def test_auto_sees_a_conv_classifier():
@@ -162,7 +162,7 @@ def test_subclasses_of_linear_take_the_general_path():
     module = Cosine(6, 3, bias=False)
     head, features = Head("fc", module), torch.randn(5, 6)
     assert not head.is_linear
-    assert_close(head.logits(features), module(features).detach())
+    assert_close(head.logits(features, features.dtype), module(features).detach())
 
 
 # --- wrapped models --------------------------------------------------------------------------------------------------
@@ -393,11 +393,11 @@ def test_dropout_in_the_head_is_off_for_the_meta_arithmetic_only():
     check(model, model.fc, "fc")
     features = torch.randn(5, 6)
     state = torch.get_rng_state()
-    assert_close(head.logits(features), model.fc[1](features).detach())
+    assert_close(head.logits(features, features.dtype), model.fc[1](features).detach())
     assert_close(torch.get_rng_state(), state, 0.0)
     assert all(module.training for module in model.modules())
     model.fc[0].eval()
-    head.logits(features)
+    head.logits(features, features.dtype)
     assert not model.fc[0].training
     assert model.fc[2].training
 
@@ -409,7 +409,7 @@ def test_batch_norm_in_the_head_runs_as_in_the_forward():
         check(model, model.fc, "fc")
     before = copy.deepcopy(model.state_dict())
     model.train()
-    Head("fc", model.fc).logits(torch.randn(5, 6))
+    Head("fc", model.fc).logits(torch.randn(5, 6), torch.float32)
     assert_close(model.state_dict(), before, 0.0)
 
 
@@ -427,5 +427,5 @@ def test_a_conv_head_is_flat_in_the_meta_arithmetic():
     assert_close(
         {name: value.shape for name, value in head.params(torch.float64).items()}, {"weight": (3, 6), "bias": (3,)}
     )
-    assert_close(head.logits(features), model(x).detach())
+    assert_close(head.logits(features, features.dtype), model(x).detach())
     assert model.fc.weight.shape == (3, 6, 1, 1)

@@ -718,6 +718,27 @@ def test_compiled_before_or_after_wrapping(when: str, fullgraph: bool) -> None:
     assert trace(model, fsr) == trace(*plain_run())
 
 
+@pytest.mark.xfail(strict=True, reason="the guards of torch.compile count the forwards that wait for loss()")
+def test_skipped_batches_compile_nothing_anew() -> None:
+    torch._dynamo.reset()
+    compilations = 0
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    model, fsr = make()
+    compiled = torch.compile(model, backend=backend)
+    parts = batches(1)
+    step(compiled, fsr, *parts[0])
+    for skipped in range(4):
+        for x, *_ in parts[: skipped + 1]:
+            compiled(x)
+        step(compiled, fsr, *parts[skipped])
+    assert compilations <= 2
+
+
 class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1014,12 +1035,12 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-def evaluate(model: nn.Module, fsr: FSRWrapper, mode: str, size: int = 100) -> None:
-    """A pass over the data as people write it, its loss from `loss()` where that is the plain one."""
+def evaluate(model: nn.Module, fsr: FSRWrapper, mode: str) -> None:
+    """Six batches of the training's size, as people write it; the loss from `loss()` where that is the plain one."""
     x, y, _ = digits()
     model.eval()
     with MODES[mode]():
-        for index in torch.arange(N).split(size):
+        for index in torch.arange(300).split(50):
             logits = model(x[index])
             if mode != "with gradients":
                 torch.testing.assert_close(fsr.loss(logits, y[index], index), F.cross_entropy(logits, y[index]))
