@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -64,6 +65,24 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
             f"index must be integers, not {index.dtype}. with_index(dataset) adds the index of each sample."
         )
     return index.to(logits.device, torch.int64, non_blocking=True)
+
+
+def all_good(logits: Tensor, features: Tensor, target: Tensor, label: Tensor, index: Tensor, rows: int) -> bool:
+    """Whether all is certainly in range, by few looks at the batch as a whole; on the host only, where looking is free.
+
+    False says that `find_problems` must look closer.
+    """
+    if logits.device.type != "cpu" or len(label) == 0:
+        return False
+    if not math.isfinite(logits.detach().sum().item()) or not math.isfinite(features.sum().item()):
+        return False
+    if target.ndim == 2 and not (math.isfinite(target.sum().item()) and target.min().item() >= 0):
+        return False
+    for values, limit in ((label, logits.shape[1]), (index, rows)):
+        low, high = values.aminmax()
+        if low.item() < 0 or high.item() >= limit:
+            return False
+    return True
 
 
 def find_problems(

@@ -90,12 +90,13 @@ class RewardDictionary:
         self._best = _Entries.empty(self._capacity, device)  # top-k of this epoch so far
         self._buffer = _Entries.empty(self._length, device)  # visits since the last selection
         self._filled = 0
-        self._free = torch.arange(self._length, device=device)
+        self._buffer.row = torch.arange(self._length, device=device)  # of the arena, where the next ones go
         self._arena: tuple[Tensor, ...] = ()
         # In several processes: whether a row's payload is in one process only, and whether in this one.
         self._alone, self._here = torch.zeros(2, self._rows, dtype=torch.bool, device=device)
         self._turn = 0
         self._classes: Tensor = torch.zeros(0, dtype=torch.int64)  # those present in R_t, on the host
+        self._turns: Tensor | None = None  # (3, ...): the classes in turn, and the members and first slot of each
 
     def __len__(self) -> int:
         return int(self._count.sum())
@@ -132,7 +133,7 @@ class RewardDictionary:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         entries = [c for e in (self._members, self._best, self._buffer) for c in e.columns().values()]
-        return sum(t.nbytes for t in [*entries, *self._arena, self._free, self._count])
+        return sum(t.nbytes for t in [*entries, *self._arena, self._alone, self._here, self._count])
 
     def push(
         self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], *, offset: int = 0
@@ -174,11 +175,10 @@ class RewardDictionary:
         if self._filled + len(index) > self._length:
             self._select()
         part = slice(self._filled, self._filled + len(index))
-        row = self._free[part]
         self._buffer.index[part] = torch.where(score > -torch.inf, index, EMPTY)
-        self._buffer.label[part] = label.long()
+        self._buffer.label[part] = label
         self._buffer.score[part] = score
-        self._buffer.row[part] = row
+        row = self._buffer.row[part]
         mine = row[max(offset, 0) : max(offset + (len(payload[0]) if payload else 0), 0)]
         for arena, tensor in zip(self._arena, payload, strict=True):
             arena[mine] = tensor[max(-offset, 0) :][: len(mine)].to(arena.dtype)
@@ -200,7 +200,7 @@ class RewardDictionary:
         used = torch.zeros(rows + 1, dtype=torch.int8, device=self.device)
         for entries in in_use:
             used[torch.where(entries.index != EMPTY, entries.row, rows)] = 1
-        self._free = used[:rows].argsort(stable=True)[: self._length]
+        self._buffer.row = used[:rows].argsort(stable=True)[: self._length]  # free ones
 
     def update(self, carry: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Makes the best samples of the epoch the new dictionary (Eq. 4). Synchronises with the device.
@@ -216,7 +216,7 @@ class RewardDictionary:
         self._clear_buffer([self._members])
         present = self._count.cpu().nonzero()[:, 0]
         self._classes = present[torch.randperm(len(present), generator=generator)]
-        self._turn = 0
+        self._turn, self._turns = 0, None
 
     def consolidate(self) -> None:
         """Brings every process the payloads that one process alone has. All processes must call it."""
@@ -238,12 +238,13 @@ class RewardDictionary:
         """
         if not self:
             raise RuntimeError("The dictionary is empty: there is reward data after the first update() only.")
-        turns = torch.arange(self._turn, self._turn + batch_size) % len(self._classes)
+        if self._turns is None or self._turns.shape[1] < self._turn + batch_size:
+            cls = self._classes.repeat(2 + batch_size // len(self._classes)).to(self.device)
+            self._turns = torch.stack([cls, self._count[cls], cls * self.quota])
+        cls, count, first = self._turns[:, self._turn : self._turn + batch_size]
         self._turn = (self._turn + batch_size) % len(self._classes)
-        cls = self._classes[turns].to(self.device, non_blocking=True)
         uniform = torch.rand(batch_size, generator=generator).to(self.device, non_blocking=True)
-        count = self._count[cls]
-        slot = cls * self.quota + (uniform * count).long().clamp(max=count - 1)
+        slot = first + torch.minimum((uniform * count).long(), count - 1)
         row = self._members.row[slot]
         return RewardBatch(self._members.index[slot], cls, tuple(arena[row] for arena in self._arena))
 
@@ -252,7 +253,7 @@ class RewardDictionary:
         self._members, self._best, self._buffer = (
             entries.to(device) for entries in (self._members, self._best, self._buffer)
         )
-        self._count, self._free = self._count.to(device), self._free.to(device)
+        self._count, self._turns = self._count.to(device), None
         self._alone, self._here = self._alone.to(device), self._here.to(device)
         self._arena = tuple(arena.to(device) for arena in self._arena)
 
@@ -268,7 +269,6 @@ class RewardDictionary:
             "turn": self._turn,
             "classes": self._classes.clone(),
             "count": self._count.clone(),
-            "free": self._free.clone(),
             "members": {k: v.clone() for k, v in self._members.columns().items()},
             "best": {k: v.clone() for k, v in best.columns().items()},
             "buffer": {k: v.clone() for k, v in buffer.columns().items()},
@@ -281,7 +281,7 @@ class RewardDictionary:
         self = cls(state["num_classes"], state["size"], buffer=state["length"])
         self._filled, self._turn = state["filled"], state["turn"]
         self._classes = state["classes"].cpu().clone()
-        self._count, self._free = state["count"].clone(), state["free"].clone()
+        self._count = state["count"].clone()
         self._members, self._best, self._buffer = (
             _Entries(**{k: v.clone() for k, v in state[name].items()}) for name in ("members", "best", "buffer")
         )

@@ -48,8 +48,10 @@ def dense_target(target: Tensor, logits: Tensor, label_smoothing: float = 0.0) -
 
 def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """∂ℓ_i/∂logits_i = softmax(logits) − target, (b, C); exact for soft targets of any sum."""
-    soft = dense_target(target, logits, label_smoothing)
     probability = logits.softmax(1)
+    if target.ndim == 1 and not label_smoothing:
+        return probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
+    soft = dense_target(target, logits, label_smoothing)
     if target.ndim == 2:
         probability = probability * soft.sum(1, keepdim=True)
     return probability - soft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,6 +190,9 @@ class Capture:
     autocast: torch.dtype | None = None
 
 
+NOTHING = Capture(torch.empty(0), torch.empty(0))
+
+
 class Tap:
     """Hooks on model and head that keep what the last training forwards left behind.
 
@@ -196,10 +200,7 @@ class Tap:
     """
 
     def __init__(self, model: nn.Module, head: nn.Module):
-        self._captures: deque[Capture] = deque(maxlen=_MEMORY)
-        self._diverted: Capture | None = None
-        self._diverting = self._muted = False
-        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._reset()
         self._handles = [
             model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             head.register_forward_hook(self._on_head, with_kwargs=True),
@@ -215,9 +216,17 @@ class Tap:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._captures, self._diverted = deque(maxlen=_MEMORY), None
+        self._reset()
+        self._handles = []
+        self._muted = True  # the hooks of a copied model have nobody to listen for
+
+    def _reset(self) -> None:
+        # Of one length, whatever waits: a compiled model guards it.
+        self._captures: tuple[Capture, ...] = (NOTHING,) * _MEMORY
+        self._used: deque[weakref.ref[Tensor]] = deque(maxlen=_MEMORY)
+        self._diverted: Capture | None = None
         self._diverting = self._muted = False
-        self._inputs, self._handles = ((), {}), []
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -256,7 +265,7 @@ class Tap:
         if self._diverting:
             self._diverted = capture
         else:
-            self._captures.append(capture)
+            self._captures = (*self._captures[1:], capture)
 
     @contextmanager
     def divert(self) -> Iterator[list[Capture]]:
@@ -271,21 +280,35 @@ class Tap:
             self._diverting, self._diverted = False, None
 
     def find(self, logits: Tensor) -> Capture | None:
-        """The capture of the forward that gave these logits; the last one of as many samples if none is known."""
-        for capture in reversed(self._captures):
+        """The capture of the forward that gave these logits, or a copy of which they are; None if there is none.
+
+        Copies are known by the number of samples, and by their values where that leaves a choice.
+        """
+        if any(used() is logits for used in self._used):
+            return None
+        waiting = [capture for capture in reversed(self._captures) if capture is not NOTHING]
+        for capture in waiting:
             if capture.output.data_ptr() == logits.data_ptr() and capture.output.device == logits.device:
                 return capture
-        for capture in reversed(self._captures):
-            if capture.output.shape[:1] == logits.shape[:1]:
-                return capture
-        return None
+        alike = [capture for capture in waiting if capture.output.shape[:1] == logits.shape[:1]]
+        if len(alike) > 1 or len(waiting) == _MEMORY:  # of so many the right one may be forgotten already
+            alike = [capture for capture in alike if _is_copy(capture.output, logits)]
+        return alike[0] if alike else None
 
-    def discard(self, capture: Capture) -> None:
+    def discard(self, capture: Capture, logits: Tensor) -> None:
         """Forgets a capture whose loss was computed, and those before it."""
-        while self._captures:
-            if self._captures.popleft() is capture:
-                break
+        position = [one is capture for one in self._captures].index(True) + 1
+        self._captures = (NOTHING,) * position + self._captures[position:]
+        self._used.append(weakref.ref(logits))
         self._inputs = ((), {})
+
+
+def _is_copy(output: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are the output, up to its precision."""
+    if output.numel() != logits.numel():
+        return False
+    copy = logits.detach().reshape(output.shape).to(output)
+    return bool(torch.isclose(output, copy, rtol=1e-2, atol=1e-5, equal_nan=True).all())
 
 
 # --- the head as a function ------------------------------------------------------------------------------------------

@@ -118,6 +118,36 @@ class Memory:
         self.dictionary.push(index, label, momentum, payload, offset=offset)
         return momentum
 
+    def count(
+        self,
+        weights: Tensor,
+        losses: Tensor,
+        size: int | Tensor,
+        *,
+        reward_loss: Tensor,
+        skipped_samples: float | Tensor,
+        skipped_reward: Tensor,
+    ) -> None:
+        """Adds a batch to what `metrics` will tell. `weights` and `losses` (b,), `size` b over all processes."""
+        on_host, world = weights.device.type == "cpu", world_size()
+        parts = (weights @ losses, weights.sum(), weights @ weights, weights.amax(), (weights <= 0).sum(), reward_loss)
+        numbers: Any = [part.item() for part in parts] if on_host else parts
+        loss, total, square, largest, zeros, reward = numbers
+        values = (
+            world * loss,
+            world * reward,
+            zeros / len(weights),
+            total * total / (square + torch.finfo(weights.dtype).tiny),
+            largest * size,
+            1.0 * (largest <= 0),
+            skipped_samples,
+            skipped_reward,
+        )
+        self.steps += 1
+        self.sums += torch.stack(
+            [torch.as_tensor(value, dtype=self.sums.dtype, device=weights.device) for value in values]
+        )
+
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""
         self.draws += 1

@@ -150,14 +150,16 @@ class ScoreTable:
 
         **Returns:** P̂ of the samples after the visit (b,), and −inf where nothing was kept.
         """
-        index = torch.where(score.isfinite(), index, -1)
-        keep = (index >= 0) & ~self.visited(index, epoch) & is_first_visit(index)
+        now = stored_epoch(epoch)
+        keep = (score - score == 0) & (self.epoch[index] != now) & (index >= 0)  # finite, and not visited yet
+        if index.device.type != "cpu" or _has_repeats(index):
+            keep &= is_first_visit(torch.where(keep, index, -1))
         row = torch.where(keep, index, self.num_samples)
         old = self.score[row]
-        new = torch.where(old.isnan(), score.float(), self.momentum * old + (1 - self.momentum) * score.float())
+        new = torch.where(old.isnan(), score, torch.lerp(score.float(), old, self.momentum)).float()
         self.score[row] = new
         self.label[row] = label.to(self.label.dtype)
-        self.epoch[row] = stored_epoch(epoch)
+        self.epoch[row] = now
         return torch.where(keep, new, -torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -182,3 +184,8 @@ def is_first_visit(index: Tensor) -> Tensor:
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     return torch.empty_like(first).scatter_(0, order, first)
+
+
+def _has_repeats(index: Tensor) -> bool:
+    ordered = index.sort().values
+    return bool((ordered[1:] == ordered[:-1]).any())

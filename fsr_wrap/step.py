@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from . import distributed, functional
-from .checks import INDEX_LIMIT, Watch, check_batch, find_problems
+from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems
 from .config import FSRConfig
 from .heads import Batch, Capture, FunctionalStep, Head, LinearStep, MetaStep, Reward, Tap, meta_dtype
 from .memory import Memory
@@ -35,7 +39,8 @@ class _Mix:
 
 @dataclass
 class _Accepted:
-    """A batch that passed the checks. `valid` is None where every sample is."""
+    """A batch that passed the checks. `valid` is None where every sample is; `given` and `found` are the user's logits
+    and the capture of their forward."""
 
     logits: Tensor
     target: Tensor
@@ -44,6 +49,8 @@ class _Accepted:
     capture: Capture
     mix: _Mix | None
     valid: Tensor | None
+    given: Tensor
+    found: Capture
 
 
 @dataclass
@@ -149,11 +156,12 @@ class Reweighting:
         """Checks all that was passed; raises before anything is changed."""
         index = check_batch(logits, target, index, num_classes=self.memory.num_classes)
         mix = self._find_mix(target)
-        capture = self._tap.find(logits)
+        capture, given = self._tap.find(logits), logits
         if capture is None:
             raise RuntimeError(
                 f"loss() found no forward of this model that passed through the head {self.head.name!r}: call "
-                "model(x) with gradients before it. If the model was compiled, wrap it before its first call."
+                "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
+                "was compiled, wrap it before its first call."
             )
         inputs = pytree.tree_leaves((capture.args, capture.kwargs))
         if mix is not None and not any(_same(leaf, mix.mixed) for leaf in inputs):
@@ -162,6 +170,28 @@ class Reweighting:
             self.memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
         rows = self.memory.num_samples or INDEX_LIMIT
+        good = all_good(logits, capture.features, target, label, index, rows)
+        if not good:
+            valid = self._look_closer(logits, capture, target, label, index, rows)
+        if not self._checked:
+            with self._tap.mute():
+                self._checked = self.head.check(capture, logits)
+        if good or (logits.device.type == "cpu" and self.config.nonfinite == "raise"):
+            return _Accepted(logits, target, label, index, capture, mix, None, given, capture)
+        index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
+        logits = torch.where(valid[:, None], logits, 0)
+        hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
+        soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
+        soft = functional.dense_target(soft, logits, self.config.label_smoothing) * valid[:, None]
+        features = capture.features
+        features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)
+        kept = replace(capture, features=features)
+        return _Accepted(logits, soft, label, index, kept, mix, valid, given, capture)
+
+    def _look_closer(
+        self, logits: Tensor, capture: Capture, target: Tensor, label: Tensor, index: Tensor, rows: int
+    ) -> Tensor:
+        """Which samples are good, (b,) bool. **Raises:** `ValueError` for others, as far as they are not skipped."""
         problems, valid = find_problems(logits, capture.features, target, label, index, rows)
         messages = {
             "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or soft targets that are "
@@ -171,19 +201,7 @@ class Reweighting:
         }
         skip = self.config.nonfinite == "skip"
         self._watch({name: n for name, n in problems.items() if not (skip and name == "non-finite")}, messages)
-        if not self._checked:
-            with self._tap.mute():
-                self._checked = self.head.check(capture, logits)
-        if logits.device.type == "cpu" and not skip:
-            return _Accepted(logits, target, label, index, capture, mix, None)
-        index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
-        logits = torch.where(valid[:, None], logits, 0)
-        hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
-        soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
-        soft = functional.dense_target(soft, logits, self.config.label_smoothing) * valid[:, None]
-        features = capture.features
-        features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)
-        return _Accepted(logits, soft, label, index, replace(capture, features=features), mix, valid)
+        return valid
 
     def _find_mix(self, target: Tensor) -> _Mix | None:
         for mix in reversed(self._mixes):
@@ -195,7 +213,7 @@ class Reweighting:
 
     def _prepare(self, batch: _Accepted) -> None:
         """The batch is good: forgets what was kept for it, and makes room for it."""
-        self._tap.discard(batch.capture)
+        self._tap.discard(batch.found, batch.given)
         while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
             pass
         self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
@@ -219,36 +237,40 @@ class Reweighting:
             size = decision.size
             if self._recorded is not None:
                 self._recorded.append(decision)
-        loss = (decision.weights * losses).sum()
+        loss = (decision.weights * losses).sum()  # no dot product: autocast would take it for a matrix product
         if decision.pseudo is not None and decision.share is not None:
-            loss = (
-                loss
-                + config.relabel_weight * (decision.share * functional.cross_entropy(logits, decision.pseudo)).sum()
-            )
-        return loss * distributed.world_size(), size
+            loss = loss + (decision.share * functional.cross_entropy(logits, decision.pseudo)).sum()
+        world = distributed.world_size()
+        return loss if world == 1 else loss * world, size
 
     def _decide(self, batch: _Accepted, at_head: Batch, losses: Tensor) -> _Decision:
         """Weights of the samples, their pseudo-labels, how much each of these counts; updates what FSR knows."""
-        memory, active = self.memory, self.is_active
-        valid = torch.ones_like(losses, dtype=torch.bool) if batch.valid is None else batch.valid
-        new = valid & ~memory.table.visited(batch.index, memory.epoch)
+        memory, active, valid = self.memory, self.is_active, batch.valid
+        new = ~memory.table.visited(batch.index, memory.epoch)
+        index = batch.index
+        if valid is not None:
+            new, index = new & valid, torch.where(valid, index, -1)
         clean = self._clean(batch)
         clean_features = self.head.features(clean.features, losses.dtype)
         clean_logits = at_head.logits if batch.mix is None else clean.output.to(losses.dtype)
         stored = None if memory.pseudo is None else memory.pseudo.stored(batch.index, losses.dtype)
 
         step, size, mean_square = self._look_ahead(at_head, stored, new, active or self._pusher.needs_lookahead)
-        scores, reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(()), losses.new_zeros(())
+        scores: Tensor | None = None
+        reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(())
         if active and step is not None:
             reward, skipped = self._reward(batch, losses.dtype)
             scores, reward_loss = step.scores(reward)
-            scores = torch.where(valid, self.config.weight_lr * scores, 0)
-        rule = self.config.weight_rule if active else "uniform"
+            scores = self.config.weight_lr * scores
+            if valid is not None:
+                scores = torch.where(valid, scores, 0)
+        rule = "uniform" if scores is None else self.config.weight_rule
+        scores = losses if scores is None else scores
         ahead = step.logits(clean_features, clean_logits) if step is not None and self._pusher.needs_lookahead else None
         score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
 
         length = len(losses) if self._length is None else self._length
-        mine = (torch.where(valid, batch.index, -1), batch.label, score)
+        mine = (index, batch.label, score)
         sums, (index, label, score), counts = distributed.gather(_sums(rule, scores, valid), mine, length)
         weights = self._weigh(rule, scores, valid, size, sums)
         offset = distributed.rank() * length
@@ -262,20 +284,14 @@ class Reweighting:
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
                 seen = seen & seen[batch.mix.partner]
-            share = seen.to(weights.dtype) / size if active else None
+            share = seen.to(weights.dtype) * (self.config.relabel_weight / size) if active else None
 
         self.weights = weights
         if self._length is not None:
             self._length = max(length, *counts)
-        memory.steps += 1
         if len(losses):
-            world = distributed.world_size()
-            seen_now = world * (weights * losses).sum(), world * reward_loss, (weights <= 0).sum() / len(weights)
-            spread = functional.effective_sample_size(weights), weights.amax() * size
-            bad = (weights.amax() <= 0), (~valid).sum(), skipped
-            memory.sums += torch.stack(
-                [torch.as_tensor(value, device=weights.device) for value in (*seen_now, *spread, *bad)]
-            )
+            bad = 0.0 if valid is None else (~valid).sum()
+            memory.count(weights, losses, size, reward_loss=reward_loss, skipped_samples=bad, skipped_reward=skipped)
         return _Decision(weights, pseudo, share, sum(counts))
 
     def _clean(self, batch: _Accepted) -> Capture:
@@ -293,6 +309,7 @@ class Reweighting:
         devices = [] if device.type == "cpu" else [device]
         buffers = {name: buffer.clone() for name, buffer in self.core.named_buffers()}
         with (
+            _other_streams_kept(),
             torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
             torch.autocast(device.type, like.autocast, enabled=like.autocast is not None),
             self._tap.divert() as box,
@@ -325,57 +342,71 @@ class Reweighting:
             features = self._replay(args, kwargs, capture).features
         features = self.head.features(features, dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
-        finite = features.flatten(1).sum(1).isfinite()
-        skipped = (~finite).sum()
-        if features.device.type == "cpu" and not skipped:
-            return reward, skipped
+        if features.device.type == "cpu" and math.isfinite(features.sum().item()):
+            return reward, features.new_zeros(())
+        finite = features.flatten(1).float().sum(1).isfinite()
         features = torch.where(finite.view(-1, *[1] * (features.ndim - 1)), features, 0)
         dense = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
         soft = functional.dense_target(dense, dense, config.label_smoothing) * finite[:, None]
-        return replace(reward, features=features, target=soft, label_smoothing=0.0), skipped
+        return replace(reward, features=features, target=soft, label_smoothing=0.0), (~finite).sum()
 
     def _look_ahead(
         self, batch: Batch, stored: Tensor | None, new: Tensor, needed: bool
     ) -> tuple[MetaStep | None, int | Tensor, Tensor | None]:
         """The look-ahead step if it is needed, b and the mean square of ŷ over all processes: one all-reduce."""
         lr, here, world = self.config.lookahead_lr, len(batch.logits), distributed.world_size()
-        sums = {} if stored is None else {"/square": (new * stored.square().mean(1)).sum(), "/new": new.sum()}
+        known = new.to(batch.logits.dtype)
+        sums = {} if stored is None else {"/square": known @ stored.square().mean(1), "/new": known.sum()}
         if world == 1 and self.head.is_linear:
             step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
             size: int | Tensor = here
         else:
             gradient = self.head.gradient(batch) if needed and lr else {}
-            sums = {name: value.to(batch.logits.dtype) for name, value in sums.items()}
             total = distributed.sum_all({**gradient, **sums, "/size": batch.logits.new_tensor(float(here))})
             sums = {name: total.pop(name) for name in sums}
             size = total.pop("/size") if world > 1 else here
             step = FunctionalStep(self.head, batch, lr, total, size, distributed.sum_all) if needed else None
         return step, size, sums["/square"] / sums["/new"].clamp(min=1) if sums else None
 
-    def _weigh(self, rule: str, scores: Tensor, valid: Tensor, size: int | Tensor, sums: Tensor) -> Tensor:
+    def _weigh(self, rule: str, scores: Tensor, valid: Tensor | None, size: int | Tensor, sums: Tensor) -> Tensor:
         """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: `_sums` of each, (W, k)."""
-        uniform = valid.to(scores.dtype) / size
+        uniform = torch.ones_like(scores) / size if valid is None else valid.to(scores.dtype) / size
         if rule == "uniform":
             return uniform
         if rule == "clip":
             unnormalized, total = functional.clip_weights(scores), sums.sum()
         else:
             minimum, count = sums[:, 0].amin(), sums[:, 2].sum()
-            unnormalized = functional.shift_weights(scores, minimum, size) * valid
+            unnormalized = functional.shift_weights(scores, minimum, size) * (1 if valid is None else valid)
             total = sums[:, 1].sum() - count * minimum + count / size
         weights = functional.normalize_weights(unnormalized, total).to(scores.dtype)
-        weights = torch.where(total.isfinite(), weights, uniform)  # a non-finite reward batch: plain training
+        weights = torch.where(total - total == 0, weights, uniform)  # an infinite reward gradient: plain training
         return weights if self.config.max_weight is None else weights.clamp(max=self.config.max_weight / size)
 
 
-def _sums(rule: str, scores: Tensor, valid: Tensor) -> Tensor:
+def _sums(rule: str, scores: Tensor, valid: Tensor | None) -> Tensor:
     """What the other processes must know of this one's scores to normalise the weights, (k,)."""
     if rule == "clip":
         return functional.clip_weights(scores).sum()[None]
     if rule == "shift":
-        lowest = torch.where(valid, scores, torch.inf).amin() if len(scores) else scores.new_tensor(torch.inf)
-        return torch.stack([lowest, scores.sum(), valid.sum().to(scores.dtype)])
+        bounded = scores if valid is None else torch.where(valid, scores, torch.inf)
+        lowest = bounded.amin() if len(scores) else scores.new_tensor(torch.inf)
+        count = scores.new_tensor(float(len(scores))) if valid is None else valid.sum().to(scores.dtype)
+        return torch.stack([lowest, scores.sum(), count])
     return scores.new_zeros(0)
+
+
+@contextmanager
+def _other_streams_kept() -> Iterator[None]:
+    """Python's and numpy's random streams go on as if nothing had been drawn within."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 def _is_batched(leaf: Any, batch_size: int) -> bool:

@@ -400,7 +400,8 @@ class FSRWrapper(Optimizer):
             object.__delattr__(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        patched = ("step", "_opt_called")  # a scheduler's marks on this very object
+        return {name: value for name, value in self.__dict__.items() if name not in patched}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

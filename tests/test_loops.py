@@ -484,14 +484,14 @@ def test_closure_trains_as_the_loop_does(name: str) -> None:
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
 def test_lbfgs(line_search: str | None) -> None:
-    """In warm-up it is LBFGS on cross-entropy. Each evaluation consumes samples, so the epochs are ended by hand."""
+    """In warm-up it is LBFGS on cross-entropy; of several evaluations a step the first one counts."""
     options = {"max_iter": 4, "line_search_fn": line_search, "lr": 0.1}
     parts = [(x.double(), y, index) for x, y, index in batches(2)]
     twin = make(norm=False)[0].double()
     plain = torch.optim.LBFGS(twin.parameters(), **options)
     model = make(norm=False)[0].double()
     inner = torch.optim.LBFGS(model.parameters(), **options)
-    fsr = FSRWrapper(model, inner, **OPTIONS, samples_per_epoch=10**9, relabel_weight=0.0)
+    fsr = FSRWrapper(model, inner, **OPTIONS, relabel_weight=0.0)
     evaluations = 0
 
     def closures(x: Tensor, y: Tensor, index: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
@@ -515,7 +515,6 @@ def test_lbfgs(line_search: str | None) -> None:
         ours, theirs = closures(*part)
         torch.testing.assert_close(fsr.step(ours), plain.step(theirs))
     parameters_close(model, twin)
-    fsr.end_epoch()
     assert (fsr.epoch, fsr.is_reweighting) == (1, True)
     assert evaluations > len(parts) // 2
     for part in parts[len(parts) // 2 :]:
@@ -523,7 +522,34 @@ def test_lbfgs(line_search: str | None) -> None:
         assert fsr.step(closures(*part)[0]).isfinite()
         assert not torch.equal(before, model.fc.weight)
     assert 0 < (fsr.weights > 0).float().mean() < 1
-    assert fsr.metrics()["fsr/epoch"] == 1
+    assert fsr.metrics()["fsr/epoch"] == 2
+
+
+def test_evaluations_of_one_step_share_their_weights() -> None:
+    """As LBFGS's line search and SAM need it: the second evaluation is the same function, and leaves no trace."""
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            losses = [closure(), closure()]
+            super().step()
+            return losses
+
+    model, fsr = make(norm=False)
+    fsr.optimizer = Twice(model.parameters(), lr=0.1)
+    twin, twin_fsr = make(norm=False)
+    twin_fsr.optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for x, y, index in batches(2):
+
+        def closure(x: Tensor = x, y: Tensor = y, index: Tensor = index) -> float:
+            fsr.zero_grad()
+            loss = fsr.loss(model(x), y, index)
+            loss.backward()
+            return loss.item()
+
+        first, second = fsr.step(closure)
+        assert first == second == step(twin, twin_fsr, x, y, index)
+    assert fsr.is_reweighting
+    assert trace(model, fsr) == trace(twin, twin_fsr)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -680,7 +706,6 @@ def test_scheduler_sets_the_rate_that_trains_and_resumes(name: str, where: str, 
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.xfail(strict=True, reason="the scheduler's patch of step() is copied with the wrapper")
 def test_copies_made_under_a_scheduler_train_on_by_themselves(how: str) -> None:
     model, fsr = make()
     schedulers.StepLR(fsr, 1)
@@ -718,7 +743,6 @@ def test_compiled_before_or_after_wrapping(when: str, fullgraph: bool) -> None:
     assert trace(model, fsr) == trace(*plain_run())
 
 
-@pytest.mark.xfail(strict=True, reason="the guards of torch.compile count the forwards that wait for loss()")
 def test_skipped_batches_compile_nothing_anew() -> None:
     torch._dynamo.reset()
     compilations = 0
@@ -981,7 +1005,6 @@ def test_ema_outlives_the_wrapper(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ema.module.parameters(), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="the hooks of a copied model go on catching, for nobody")
 def test_ema_keeps_no_batches() -> None:
     model, _fsr = make()
     ema = AveragedModel(model)
@@ -1084,7 +1107,6 @@ def differs_silently(model: Net, fsr: FSRWrapper, logits: Tensor, y: Tensor, ind
     return not torch.equal(fsr.weights, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="of more than eight forwards the first is forgotten, and another one taken")
 def test_many_forwards_with_gradients_before_loss() -> None:
     model, fsr = plain_run(norm=False)
     twin, twin_fsr = copy.deepcopy((model, fsr))
@@ -1096,7 +1118,6 @@ def test_many_forwards_with_gradients_before_loss() -> None:
     assert not differs_silently(model, fsr, logits, y, index, twin_fsr.weights)
 
 
-@pytest.mark.xfail(strict=True, reason="copied logits are taken for those of the last forward of as many samples")
 def test_copied_logits_of_the_first_of_two_forwards() -> None:
     model, fsr = plain_run(norm=False)
     twin, twin_fsr = copy.deepcopy((model, fsr))
@@ -1122,7 +1143,6 @@ def test_loss_twice_on_one_forward_is_refused() -> None:
     assert trace(model, fsr) == trace(*plain_run())
 
 
-@pytest.mark.xfail(strict=True, reason="the second call takes the other forward for its own")
 def test_loss_twice_on_one_of_two_forwards_is_refused() -> None:
     model, fsr = plain_run(norm=False)
     (x, y, index), (other, *_) = batches(1)[:2]
@@ -1214,7 +1234,6 @@ def test_loss_leaves_random_streams_alone(reward: str, mixup: bool) -> None:
     assert streams() == after
 
 
-@pytest.mark.xfail(strict=True, reason="the extra forward forks torch's stream only")
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_the_extra_forward_draws_nothing_from_python_and_numpy(draw: Callable[[], float]) -> None:
     """A model that draws from them in its forward, as LayerDrop and masks of some models do."""
