@@ -267,6 +267,7 @@ def test_memory_is_bounded(net):
     assert sum(ref() is not None for ref in inputs) <= 8
     logits = net(inputs[-1]())
     tap.discard(tap.find(logits), logits)
+    del logits
     gc.collect()
     assert all(ref() is None for ref in inputs)
 
