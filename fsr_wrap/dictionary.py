@@ -68,7 +68,7 @@ class RewardDictionary:
     replacement, and where q is smaller than the number of classes they take turns.
 
     Payloads (the head's input features, or the model's inputs) lie in one arena of (2·C·k + m) rows, k the quota and m
-    the length of the buffer of candidates: about 2.25 |R| rows, whatever N. Selection moves no payload.
+    the length of the buffer of candidates: 2.25 to 3 times |R| rows, whatever N. Selection moves no payload.
 
     **Arguments:**
 
@@ -239,7 +239,7 @@ class RewardDictionary:
         if not self:
             raise RuntimeError("The dictionary is empty: there is reward data after the first update() only.")
         if self._turns is None or self._turns.shape[1] < self._turn + batch_size:
-            cls = self._classes.repeat(2 + batch_size // len(self._classes)).to(self.device)
+            cls = self._classes.repeat(2 + batch_size // len(self._classes)).to(self.device, non_blocking=True)
             self._turns = torch.stack([cls, self._count[cls], cls * self.quota])
         cls, count, first = self._turns[:, self._turn : self._turn + batch_size]
         self._turn = (self._turn + batch_size) % len(self._classes)

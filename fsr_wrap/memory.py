@@ -79,7 +79,9 @@ class Memory:
         if config.relabel_weight > 0:
             self.pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_temperature, device)
         self.table = ScoreTable(rows, config.score_momentum, device)
-        self.dictionary = RewardDictionary(num_classes, config.dictionary_size, device=device)
+        # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
+        long = max(512, config.dictionary_size) if config.reward == "cached" else None
+        self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         self.ready = True
 
