@@ -49,6 +49,8 @@ class FSRConfig:
     - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`.
     - `reward`: `"cached"` takes the head's input feature as it passed by in training, `"fresh"` runs a no-grad
         forward of the stored inputs at every step. Same maths, see the docs for the costs.
+    - `reward_every`: k, G is taken afresh every k steps, and used again in between: with a deep Θ^meta a step then
+        costs little more than its forward-mode pass. 1 is the paper's.
     - `relabel_weight`: p, the multiplier of the re-labelling loss; 0 turns re-labelling and its N×C state off.
     - `relabel_momentum`: β in [0, 1), the weight of the **old** value in Eq. 7.
     - `relabel_temperature`: T > 0, the pseudo-label is softmax(ŷ / T).
@@ -73,6 +75,7 @@ class FSRConfig:
     weight_rule: Literal["clip", "shift", "uniform"] = "clip"
     pusher: str | Pusher = "area_under_margin"
     reward: Literal["cached", "fresh"] = "cached"
+    reward_every: int = 1
     relabel_weight: float = 2.0
     relabel_momentum: float = 0.1
     relabel_temperature: float = 1.0
@@ -96,6 +99,7 @@ class FSRConfig:
             "warmup_epochs": natural,
             "weight_rule": (lambda v: v in ("clip", "shift", "uniform"), '"clip", "shift" or "uniform"'),
             "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
+            "reward_every": at_least_one,
             "relabel_weight": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
             "relabel_momentum": below_one,
             "relabel_temperature": positive,

@@ -398,12 +398,18 @@ class FunctionalStep:
         return self._head.call(self._ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
+        gradient, loss = self.reward_gradient(reward)
+        return self.scores_along(gradient), loss
+
+    def reward_gradient(self, reward: Reward) -> tuple[Params, Tensor]:
+        """G over all processes, named and shaped like φ, and this process's part of the reward loss, ()."""
         where, smoothing = (reward.features, reward.target), reward.label_smoothing
         total, loss = fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing)
         gradient = {name: value / reward.batch_size for name, value in self._reduce(total).items()}
-        return self._along(gradient), loss / reward.batch_size
+        return gradient, loss / reward.batch_size
 
-    def _along(self, gradient: Params) -> Tensor:
+    def scores_along(self, gradient: Params) -> Tensor:
+        """−∂L_R/∂ω of each sample, (b,), for a G that is known."""
         batch, smoothing = self._batch, self._batch.label_smoothing
         if self._head.is_linear:
             residual = fsr.residual(batch.logits, batch.target, smoothing)

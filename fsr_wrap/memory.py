@@ -25,7 +25,7 @@ METRICS = (
     "skipped_samples",
     "skipped_reward_samples",
 )
-_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps")
+_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps", "gradient_age")
 
 
 class Memory:
@@ -49,6 +49,8 @@ class Memory:
         self.draws = 0
         self.largest = -1  # index seen
         self.steps = 0  # since the metrics were read
+        self.gradient: dict[str, Tensor] = {}  # G and the reward loss, where they serve for several steps
+        self.gradient_age = 0
         self.scattered = False  # whether a part of it is in other processes only
 
     @property
@@ -69,6 +71,7 @@ class Memory:
             if self.pseudo is not None:
                 self.pseudo.to(device)
             self.sums = self.sums.to(device)
+            self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
         self.table.grow(rows)
         if self.pseudo is not None:
             self.pseudo.grow(rows)
@@ -163,7 +166,7 @@ class Memory:
         state |= {name: getattr(self, name) for name in _NUMBERS}
         if self.ready:
             state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}
-            state |= {"sums": self.sums.clone()}
+            state |= {"sums": self.sums.clone(), "gradient": {k: v.clone() for k, v in self.gradient.items()}}
             if self.pseudo is not None:
                 state["pseudo"] = self.pseudo.state_dict()
         return state
@@ -200,6 +203,7 @@ class Memory:
             self.dictionary = dictionary
             self.table.load_state_dict(state["table"])
             self.sums.copy_(state["sums"])
+            self.gradient = {name: value.clone() for name, value in state["gradient"].items()}
             if self.pseudo is not None and "pseudo" in state:
                 self.pseudo.load_state_dict(state["pseudo"])
         return self

@@ -259,8 +259,7 @@ class Reweighting:
         scores: Tensor | None = None
         reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(())
         if active and step is not None:
-            reward, skipped = self._reward(batch, losses.dtype)
-            scores, reward_loss = step.scores(reward)
+            scores, reward_loss, skipped = self._scores(step, batch, losses.dtype)
             scores = self.config.weight_lr * scores
             if valid is not None:
                 scores = torch.where(valid, scores, 0)
@@ -350,6 +349,22 @@ class Reweighting:
         soft = functional.dense_target(dense, dense, config.label_smoothing) * finite[:, None]
         return replace(reward, features=features, target=soft, label_smoothing=0.0), (~finite).sum()
 
+    def _scores(self, step: MetaStep, batch: _Accepted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of the batch, this process's part of the reward loss, and how many reward samples were left out."""
+        memory, every = self.memory, self.config.reward_every
+        if every == 1 or not isinstance(step, FunctionalStep):
+            reward, skipped = self._reward(batch, dtype)
+            return *step.scores(reward), skipped
+        skipped = batch.logits.new_zeros(())
+        if memory.gradient_age % every == 0:
+            reward, skipped = self._reward(batch, dtype)
+            gradient, loss = step.reward_gradient(reward)
+            memory.gradient = {**gradient, "/loss": loss}
+        memory.gradient_age = memory.gradient_age % every + 1
+        gradient = dict(memory.gradient)
+        loss = gradient.pop("/loss")
+        return step.scores_along(gradient), loss, skipped
+
     def _look_ahead(
         self, batch: Batch, stored: Tensor | None, new: Tensor, needed: bool
     ) -> tuple[MetaStep | None, int | Tensor, Tensor | None]:
@@ -357,7 +372,7 @@ class Reweighting:
         lr, here, world = self.config.lookahead_lr, len(batch.logits), distributed.world_size()
         known = new.to(batch.logits.dtype)
         sums = {} if stored is None else {"/square": known @ stored.square().mean(1), "/new": known.sum()}
-        if world == 1 and self.head.is_linear:
+        if world == 1 and self.head.is_linear and self.config.reward_every == 1:
             step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
             size: int | Tensor = here
         else:

@@ -27,6 +27,7 @@ WRONG = {
         ["margin", None, NegativeLoss, ["negative_loss"]],
     ),
     "reward": ('"cached" or "fresh"', ["Fresh", None, True]),
+    "reward_every": AT_LEAST_ONE,
     "relabel_weight": NOT_NEGATIVE,
     "relabel_momentum": BELOW_ONE,
     "relabel_temperature": POSITIVE,

@@ -129,6 +129,39 @@ def test_trains_and_resumes(pusher: str, reward: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("head", ["all", "fc"])
+def test_the_reward_gradient_serves_for_several_steps(head: str) -> None:
+    """G is drawn at every third step; in between the weights follow from it and the batch, also after resuming."""
+    model, fsr, x, y = make(head, reward_every=3, lookahead_lr=0.0)
+    other, resumed, _, _ = make(head, reward_every=3, lookahead_lr=0.0)
+    drawn = []
+    for number, index in enumerate(torch.randint(N, (8, B))):
+        if number == 4:
+            other.load_state_dict(model.state_dict())
+            resumed.load_state_dict(copy.deepcopy(fsr.state_dict()))
+        before = copy.deepcopy(fsr._memory.gradient)
+        names = [f"fc.{name}" if head == "fc" else name for name in before if name != "/loss"]
+        params = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n in names}
+        rest = {n: p.detach().clone() for n, p in model.named_parameters() if n not in names}
+        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        weights = step(model, fsr, x, y, index)
+        gradient = fsr._memory.gradient
+        drawn.append(not before or not torch.equal(before["/loss"], gradient["/loss"]))
+        if number >= 4:
+            assert torch.equal(weights, step(other, resumed, x, y, index))
+        if drawn[-1]:
+            continue
+        logits = functional_call(model, {**rest, **params, **copies}, (x[index],))["logits"]
+        scores = []
+        for loss in slow_cross_entropy(logits, y[index]):
+            one = torch.autograd.grad(loss, list(params.values()), retain_graph=True)
+            known = [gradient[name.removeprefix("fc.") if head == "fc" else name] for name in params]
+            scores.append(sum((g * k).sum() for g, k in zip(one, known, strict=True)))
+        expected = torch.stack(scores).clamp(min=0)
+        assert_close(weights, expected / (expected.sum() + 1e-5), 1e-6)
+    assert drawn == [number % 3 == 0 for number in range(8)]
+
+
 def test_one_module_in_a_list_is_the_head() -> None:
     (one, fsr, x, y), (two, listed, _, _) = make("fc"), make(["fc"])
     index = torch.arange(B)

@@ -50,6 +50,9 @@ METHODS = {
     "paper": Method("FSR, authors' margin + MixUp + re-labelling, cached", {"pusher": "authors_margin"}, True),
     "no-relabel": Method("FSR, area under margin, cached", {"relabel_weight": 0.0}),
     "default-fresh": Method("FSR, default but fresh", {"reward": "fresh"}),
+    "depth-2": Method("FSR, default, Θ^meta = the last 2 layers", {"head": ["6", "7", "9"]}),
+    "depth-3": Method("FSR, default, Θ^meta = the last 3 layers", {"head": ["3", "4", "6", "7", "9"]}),
+    "depth-4": Method("FSR, default, Θ^meta = the whole network", {"head": "all"}),
     "default": Method("FSR, default (area under margin + re-labelling, cached)", {}),
 }
 

@@ -10,9 +10,10 @@ that all C·k members, the best of the epoch and old members compete. iNaturalis
 all classes have equally many samples.
 
 A step's cost is the time of `loss()` minus that of the cross-entropy that it replaces; neither includes the backward
-pass. Some steps also sort the buffer of candidates, which holds a quarter of the dictionary, at least 128: the mean has
-them in their share. Settings take turns, step by step, in an order that changes every round. Several processes, on
-gloo, share the batch of 100, and the cores if there are too few.
+pass. One step in |R| / 100, at least in 5, also sorts the buffer of candidates: the mean has these in their share, except
+at |R| = 100,000, where one in a thousand takes about as long as the epoch's end and none is measured. Settings take
+turns, step by step, in an order that changes every round. Several processes, on gloo, share the batch of 100, and the
+cores if there are too few.
 """
 
 from __future__ import annotations
