@@ -403,8 +403,9 @@ class FunctionalStep:
 
     def reward_gradient(self, reward: Reward) -> tuple[Params, Tensor]:
         """G over all processes, named and shaped like φ, and this process's part of the reward loss, ()."""
-        where, smoothing = (reward.features, reward.target), reward.label_smoothing
-        total, loss = fsr.head_gradient(self._head.call, self._ahead, *where, label_smoothing=smoothing)
+        total, loss = self._head.gradient(
+            self._ahead, reward.features, reward.target, label_smoothing=reward.label_smoothing
+        )
         gradient = {name: value / reward.batch_size for name, value in self._reduce(total).items()}
         return gradient, loss / reward.batch_size
 
@@ -466,10 +467,18 @@ class Head:
         """The head as it is, in the meta arithmetic's dtype; (n, C)."""
         return self.call(self.params(dtype), features)
 
-    def gradient(self, batch: Batch) -> Params:
-        """Σ_i ∇_φ ℓ_i of a batch in this process."""
-        where = self.params(batch.logits.dtype), batch.features, batch.target
-        return fsr.head_gradient(self.call, *where, label_smoothing=batch.label_smoothing)[0]
+    def gradient(
+        self, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float
+    ) -> tuple[Params, Tensor]:
+        """Σ_i ∇_φ ℓ_i(φ) of samples in this process, and Σ_i ℓ_i(φ), ()."""
+        if not self.is_linear:
+            return fsr.head_gradient(self.call, params, features, target, label_smoothing=label_smoothing)
+        logits = self.call(params, features)
+        residual = fsr.residual(logits, target, label_smoothing)
+        gradient = {"weight": residual.T @ features}
+        if self.has_bias:
+            gradient["bias"] = residual.sum(0)
+        return gradient, fsr.cross_entropy(logits, target, label_smoothing).sum()
 
     def check(self, capture: Capture, logits: Tensor) -> bool:
         """Checks that this module's output are the logits.

@@ -376,7 +376,10 @@ class Reweighting:
             step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
             size: int | Tensor = here
         else:
-            gradient = self.head.gradient(batch) if needed and lr else {}
+            gradient: dict[str, Tensor] = {}
+            if needed and lr:
+                params, smoothing = self.head.params(batch.logits.dtype), batch.label_smoothing
+                gradient, _ = self.head.gradient(params, batch.features, batch.target, label_smoothing=smoothing)
             total = distributed.sum_all({**gradient, **sums, "/size": batch.logits.new_tensor(float(here))})
             sums = {name: total.pop(name) for name in sums}
             size = total.pop("/size") if world > 1 else here

@@ -57,6 +57,12 @@ def test_closed_form_is_double_backpropagation(head, soft, smoothing):
     assert_close(fsr.linear_meta_gradient(h, e, h_r, q, lr=LR, bias=bias), scores, 1e-10)
 
 
+def total_gradient(head, batch):
+    """Σ_i ∇_φ ℓ_i of the batch at the head as it is."""
+    params = head.params(batch.logits.dtype)
+    return head.gradient(params, batch.features, batch.target, label_smoothing=batch.label_smoothing)[0]
+
+
 @smoothings
 @targets
 @pytest.mark.parametrize(
@@ -75,7 +81,9 @@ def test_steps_of_a_module_are_double_backpropagation(head, kind, soft, smoothin
     if kind == "linear":
         step = LinearStep(wrapped, at_head, LR)
     else:
-        step = FunctionalStep(wrapped, at_head, LR, wrapped.gradient(at_head), len(features), lambda tensors: tensors)
+        step = FunctionalStep(
+            wrapped, at_head, LR, total_gradient(wrapped, at_head), len(features), lambda tensors: tensors
+        )
     found_scores, found_loss = step.scores(Reward(reward_features, reward[1], smoothing, len(reward_features)))
 
     assert_close(found_scores, scores, 1e-10)
@@ -91,7 +99,7 @@ def test_a_part_of_the_reward_batch_counts_for_its_share():
     module, _, _, batch, reward = make_problem("mlp", soft=False, q=10)
     head = Head("head", module)
     at_head = Batch(batch[0], head.logits(batch[0], torch.float64), batch[1])
-    step = FunctionalStep(head, at_head, LR, head.gradient(at_head), len(batch[0]), lambda tensors: tensors)
+    step = FunctionalStep(head, at_head, LR, total_gradient(head, at_head), len(batch[0]), lambda tensors: tensors)
     whole = step.scores(Reward(*reward, 0.0, 10))
     parts = [step.scores(Reward(reward[0][i::2], reward[1][i::2], 0.0, 10)) for i in range(2)]
     assert_close(parts[0][0] + parts[1][0], whole[0], 1e-10)

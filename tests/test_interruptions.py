@@ -111,7 +111,7 @@ def test_killed_twenty_times_and_resumed(world: int, options: State, tmp_path: P
     assert launch(world, whole, options, None) == [0] * world
     dice = random.Random(world)
     last = sum(len(epoch) for epoch in global_batches()) - 1
-    kills = 20 if world == 1 and not options else 6
+    kills = 4 if options else 20
     for number in range(kills):
         found = newest(killed)
         done = int(found.name.removeprefix("step_")) if found else 0

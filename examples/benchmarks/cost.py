@@ -1,5 +1,6 @@
 """What a step costs, in time and memory: plain SGD, FSR with cached and with fresh reward data, with MixUp and with the
-whole model as Θ^meta, and L2R by two libraries of differentiable optimizers (see `peers.py`), side by side.
+whole model as Θ^meta, and L2R by two libraries of differentiable optimizers (see `peers.py`; without the extra `bench`
+their rows are left out), side by side.
 
     pip install "fsr_wrap[bench]"
     python examples/benchmarks/cost.py --out docs/results/cost.json --plot docs/results/cost.svg
@@ -55,6 +56,7 @@ from fsr_wrap import FSRWrapper, RewardDictionary, heads, pushers, relabel, step
 
 SAMPLES, BATCH_SIZE, REWARD_SIZE, LR = 4000, 100, 200, 0.01
 EPOCH = SAMPLES // BATCH_SIZE
+START = EPOCH + 3  # the first batch that counts: the first steps that re-weight are slower
 LARGE = ("resnet50", "vit_base_patch16_224")  # at 224×224
 FSR: dict[str, dict[str, Any]] = {
     "FSR cached": {},
@@ -143,7 +145,7 @@ class Run:
             return self.fsr.loss(self.model(x), target, index)
         if self.variant in PEERS:
             losses, weights = PEERS[self.variant](self.model, LR, x, y, *self.data.reward)
-            return weights @ losses
+            return (weights * losses).sum()
         if self.variant == FLOOR:
             with torch.no_grad():
                 self.model(self.data.reward[0])
@@ -161,11 +163,11 @@ def measure(network: str, variants: list[str], rounds: int, device: torch.device
     data = Data(network, device)
     runs = {name: Run(name, network, data) for name in variants}
     for run in runs.values():
-        for number in range(EPOCH if run.fsr else 5):
+        for number in range(0 if run.fsr else START - 5, START):
             run.step(*data.batch(number))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        batch = data.batch(number)
+        batch = data.batch(START + number)
         for name in random.Random(number).sample(variants, len(variants)):
             synchronize(device)
             start = time.perf_counter()
@@ -240,7 +242,7 @@ class Stopwatch:
 
 def split(run: Run, rounds: int) -> dict[str, float]:
     """Mean seconds a step of each part, over one epoch at most."""
-    batches = [run.data.batch(number) for number in range(rounds, rounds + min(rounds, EPOCH))]
+    batches = [run.data.batch(START + rounds + number) for number in range(min(rounds, EPOCH))]
     with ExitStack() as patches:
         watch = Stopwatch(run.data.images.device)
         for part, functions in PARTS.items():
@@ -271,7 +273,7 @@ def memory_ratios(peak: dict[str, int], variant: str) -> tuple[float, float]:
 def tables(networks: dict[str, dict[str, Any]]) -> str:
     """Two Markdown tables."""
     lines = [
-        "| network | variant | ms a step | ratio to plain (quartiles) | peak memory, MB | ratio | ratio above imports |",
+        "| network | variant | ms a step | ratio to plain (quartiles) | peak MB | ratio | ratio above imports |",
         "|---|---|---|---|---|---|---|",
     ]
     for network, result in networks.items():
@@ -309,8 +311,9 @@ def plot(networks: dict[str, dict[str, Any]], path: Path) -> None:
         memory = [memory_ratios(result["peak"], name)[1] for name in names]
         left.barh(places, [middle for _, middle, _ in times], xerr=errors, color=shades)
         right.barh(places, memory, color=shades)
-        left.set(title=f"{network}: time of a step, plain = 1", yticks=places, yticklabels=names)
-        right.set(title=f"{network}: peak memory above imports, plain = 1")
+        left.set(yticks=places, yticklabels=names)
+        left.set_title(f"{network}: time of a step, plain = 1", fontsize=10)
+        right.set_title("peak memory above imports, plain = 1", fontsize=10)
         for panel, middles in ((left, [middle for _, middle, _ in times]), (right, memory)):
             panel.spines[["top", "right"]].set_visible(False)
             panel.axvline(1, color="#8a8a8a", linewidth=0.8)

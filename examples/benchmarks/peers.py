@@ -1,6 +1,6 @@
-"""L2R (Ren et al., ICML 2018, Algorithm 1) by two libraries of differentiable optimizers, for `cost.py` to compare with.
+"""L2R (Ren et al., ICML 2018, Algorithm 1) by two libraries of differentiable optimizers: what `cost.py` compares with.
 
-Each peer takes the model, the learning rate of the virtual step, a batch and a reward batch (images, labels), and gives
+Each peer takes the model, the virtual step's learning rate, a batch and a reward batch (images, labels), and gives
 
 - the losses of the batch, (b,), with the graph to the model's own parameters, so that the real step needs no second
   forward of the batch, and

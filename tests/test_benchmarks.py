@@ -1,0 +1,66 @@
+"""examples/benchmarks/peers.py: the peers that FSR's cost is compared with are L2R."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+
+from fsr_wrap import FSRWrapper
+
+B, Q, N, C = 12, 16, 48, 4
+
+
+@pytest.mark.parametrize("peer", ["higher", "torchopt"])
+def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ω₀ = 0 the score of a sample is the inner product of its gradient and the reward batch's, and the clipped
+    scores over their sum are the weights; of FSR with the whole model as Θ^meta too. The losses lead to the model."""
+    pytest.importorskip(peer)
+    from peers import PEERS
+
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 8), nn.BatchNorm1d(8), nn.Tanh()
+    )
+    model = nn.Sequential(model, nn.Linear(8, C)).double()
+    options = {"dictionary_size": 20, "reward_batch_size": Q, "warmup_epochs": 1, "relabel_weight": 0.0}
+    inner = torch.optim.SGD(model.parameters(), lr=0.05)
+    fsr = FSRWrapper(model, inner, "all", num_samples=N, lookahead_lr=0.0, **options)
+    x, y = torch.randn(N, 2, 5, 5, dtype=torch.float64), torch.randint(C, (N,))
+    for index in torch.arange(N).split(B):
+        fsr.loss(model(x[index]), y[index], index).backward()
+        fsr.step()
+        fsr.zero_grad()
+    drawn: list[Any] = []
+    draw = fsr.dictionary.draw
+    monkeypatch.setattr(fsr.dictionary, "draw", lambda *args: drawn.append(draw(*args)) or drawn[0])
+    index = torch.arange(B)
+    fsr.loss(model(x[index]), y[index], index)
+    chosen = drawn[0].index
+    batch, reward = (x[index], y[index]), (x[chosen], y[chosen])
+
+    params = list(model.parameters())
+    plain = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    direction = torch.autograd.grad(F.cross_entropy(model(reward[0]), reward[1]), params)
+    scores = []
+    for loss in plain:
+        gradient = torch.autograd.grad(loss, params, retain_graph=True)
+        scores.append(sum((a * b).sum() for a, b in zip(gradient, direction, strict=True)))
+    expected = torch.stack(scores).clamp(min=0)
+    assert 0 < (expected > 0).sum() < B
+
+    losses, weights = PEERS[f"L2R by {peer}"](model, 0.01, *batch, *reward)
+    assert_close(weights, expected / expected.sum(), 1e-6)
+    assert_close(weights, fsr.weights / fsr.weights.sum(), 1e-6)
+    assert all(one is other for one, other in zip(model.parameters(), params, strict=True))
+    gradients = torch.autograd.grad((weights * losses).sum(), params)
+    again = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    assert_close(losses, again, 1e-12)
+    assert_close(gradients, torch.autograd.grad((weights * again).sum(), params), 1e-12)
