@@ -152,7 +152,7 @@ class RewardDictionary:
         **Raises:** `ValueError` if a payload's shape is another than at the first push.
         """
         if not self._arena:
-            self._arena = tuple(tensor.new_zeros((self._rows, *tensor.shape[1:])) for tensor in payload)
+            self._arena = tuple(_rows_like(tensor, self._rows) for tensor in payload)
         self.check_payload(payload)
         for start in range(0, len(index), self._length):
             part = slice(start, start + self._length)
@@ -287,6 +287,14 @@ class RewardDictionary:
         )
         self._arena = tuple(arena.clone() for arena in state["arena"])
         return self
+
+
+def _rows_like(tensor: Tensor, rows: int) -> Tensor:
+    """Zeros of as many rows, in the memory format of the tensor."""
+    zeros = tensor.new_zeros((rows, *tensor.shape[1:]))
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        zeros = zeros.contiguous(memory_format=torch.channels_last)
+    return zeros
 
 
 def top_k_per_class(entries: _Entries, num_classes: int, k: int) -> tuple[_Entries, Tensor]:

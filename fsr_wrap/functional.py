@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad_and_value, jvp
+from torch.func import jvp
 
 Params = dict[str, Tensor]
 HeadFn = Callable[[Params, Tensor], Tensor]
@@ -63,7 +63,9 @@ def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Te
 def head_gradient(
     head: HeadFn, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float = 0.0
 ) -> tuple[Params, Tensor]:
-    """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, and Σ_i ℓ_i(φ), by torch.func.
+    """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, and Σ_i ℓ_i(φ).
+
+    By torch.autograd on leaves of its own: torch.func.grad would keep a second-order graph, which nobody needs.
 
     **Arguments:**
 
@@ -73,11 +75,11 @@ def head_gradient(
     **Returns:** the gradient, named and shaped like φ, and the loss, (). Divided by q, at φ' and on a reward batch, the
     gradient is G = ∇_φ' (1/q) Σ_j ℓ(y_j, head(h_j; φ')) (Eq. 3, Eq. 6's first factor).
     """
-
-    def loss(params: Params) -> Tensor:
-        return cross_entropy(head(params, features), target, label_smoothing).sum()
-
-    return grad_and_value(loss)(params)
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        loss = cross_entropy(head(leaves, features), target, label_smoothing).sum()
+        gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(params, gradient, strict=True)), loss.detach()
 
 
 def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int | Tensor) -> Params:

@@ -460,6 +460,9 @@ class Head:
             name: value.to(features.dtype, copy=True) if value.is_floating_point() else value.clone()
             for name, value in self.module.named_buffers()
         }
+        if self.part is not None:
+            rest = {name: value.detach() for name, value in self.module.named_parameters() if name not in params}
+            params = {**rest, **params}
         with _dropout_off(self.module), sdpa_kernel(SDPBackend.MATH):  # which torch.func.jvp can differentiate
             return as_logits(functional_call(self.module, {**buffers, **params}, (features,))).flatten(1)
 
