@@ -273,6 +273,7 @@ class RewardDictionary:
             "best": {k: v.clone() for k, v in best.columns().items()},
             "buffer": {k: v.clone() for k, v in buffer.columns().items()},
             "arena": [arena.clone() for arena in self._arena],
+            "channels_last": [not arena.is_contiguous() for arena in self._arena],  # files do not keep it
         }
 
     @classmethod
@@ -285,7 +286,10 @@ class RewardDictionary:
         self._members, self._best, self._buffer = (
             _Entries(**{k: v.clone() for k, v in state[name].items()}) for name in ("members", "best", "buffer")
         )
-        self._arena = tuple(arena.clone() for arena in state["arena"])
+        self._arena = tuple(
+            arena.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+            for arena, last in zip(state["arena"], state["channels_last"], strict=True)
+        )
         return self
 
 

@@ -486,3 +486,32 @@ def test_the_index_always_means_the_same_sample(data: st.DataObject) -> None:
         samples = [(int(x), int(i)) for xs, indices in loader for x, i in zip(xs, indices, strict=True)]
         assert sorted(i for _, i in samples) == sorted(positions)
         assert all(x == 10 * i == dataset[i][0] for x, i in samples)
+
+
+def test_stored_images_keep_their_memory_format(tmp_path: Path) -> None:
+    """Convolutions round otherwise in the other format, and the run would not go on bit for bit."""
+    runs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        model = body.to(memory_format=torch.channels_last)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"dictionary_size": 6, "reward_batch_size": 5, "warmup_epochs": 1, "reward": "fresh"}
+        runs.append((model, FSRWrapper(model, inner, num_samples=20, **options)))
+    x, y = torch.randn(20, 3, 6, 6).contiguous(memory_format=torch.channels_last), torch.arange(20) % 3
+
+    def train(model: nn.Module, fsr: FSRWrapper) -> list[float]:
+        losses = []
+        for index in torch.arange(20).split(5):
+            losses.append(step(model, fsr, x[index], y[index], index))
+        return losses
+
+    (model, fsr), (other, resumed) = runs
+    train(model, fsr)
+    fsr.save(tmp_path)
+    other.load_state_dict(model.state_dict())
+    resumed.load(tmp_path)
+    drawn = resumed.dictionary.draw(4, torch.Generator().manual_seed(0)).payload[0]
+    assert drawn.is_contiguous(memory_format=torch.channels_last)
+    fsr.dictionary.draw(4, torch.Generator().manual_seed(0))
+    assert train(model, fsr) == train(other, resumed)
