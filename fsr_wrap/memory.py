@@ -149,9 +149,10 @@ class Memory:
             skipped_reward,
         )
         self.steps += 1
-        self.sums += torch.stack(
-            [torch.as_tensor(value, dtype=self.sums.dtype, device=weights.device) for value in values]
-        )
+        if on_host:
+            self.sums += torch.tensor([float(value) for value in values], dtype=self.sums.dtype)
+        else:
+            self.sums += torch.stack([torch.as_tensor(value, dtype=self.sums.dtype) for value in values])
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""
