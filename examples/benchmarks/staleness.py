@@ -194,6 +194,10 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def found(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
 def main() -> None:
     """Runs every network, rate and seed, both ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,15 +205,18 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="folder of parquet files; without it the ResNet is left out")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--samples", type=int, default=10_000, help="of Fashion-MNIST")
-    parser.add_argument("--cifar-samples", type=int, default=4000)
+    parser.add_argument("--cifar-samples", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; seeds that are in it already are not run again")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     arrays = fashion.read_images(args.data_dir)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = json.loads(args.out.read_text())["runs"] if found(args.out) else {}
     for network in ("mlp", "resnet") if args.cifar else ("mlp",):
+        mine = runs.setdefault(network, [])
         for seed in args.seeds:
+            if any(run["seed"] == seed for run in mine):
+                continue
             if network == "mlp":
                 full = fashion.make_data(arrays, 0.4, seed)
                 part = [values[: args.samples] for values in (full.train, full.clean, full.given)]
@@ -218,14 +225,11 @@ def main() -> None:
                 data = read_cifar(args.cifar, args.cifar_samples, seed)
             for lr in RATES[network]:
                 for reward in ("cached", "fresh"):
-                    runs.setdefault(network, []).append(train(network, data, lr, args.epochs, seed, reward))
-                    print(network, lr, seed, reward, f"{runs[network][-1]['accuracy']:.4f}", flush=True)
-        if args.out:
-            args.out.write_text(
-                json.dumps(
-                    {"epochs": args.epochs, "samples": [args.samples, args.cifar_samples], "runs": runs}, indent=1
-                )
-            )
+                    mine.append(train(network, data, lr, args.epochs, seed, reward))
+                    print(network, lr, seed, reward, f"{mine[-1]['accuracy']:.4f}", flush=True)
+            if args.out:
+                size = [args.samples, args.cifar_samples]
+                args.out.write_text(json.dumps({"epochs": args.epochs, "samples": size, "runs": runs}, indent=1))
     print(table(runs))
     if args.plot:
         plot(runs, args.plot)
