@@ -1,6 +1,6 @@
 """The few collectives; every one is a no-op in one process.
 
-No collective here depends on the data: each process calls the same ones in the same order at every step.
+No collective here depends on what is in the data: each process calls the same ones in the same order at every step.
 """
 
 from __future__ import annotations
@@ -36,48 +36,35 @@ def sum_in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers. Synchronises with the device."""
-    if world_size() == 1:
-        return number
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
-
-
-def gather(sums: Tensor, columns: tuple[Tensor, ...], length: int) -> tuple[Tensor, tuple[Tensor, ...], list[int]]:
-    """A few numbers and a few columns of every process, by one all-gather whose size does not depend on the data.
-
-    Synchronises with the device if there are several processes.
+def gather(sums: Tensor, columns: tuple[Tensor, ...], length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A few numbers and a few columns of every process, by one all-gather.
 
     **Arguments:**
 
     - `sums`: (k,), becomes float64.
     - `columns`: (b,) each, sent as int32 or float32; b may differ between the processes.
-    - `length`: the rows sent of each column, the same in all processes. Shorter columns are filled up with -1
-        (integers) or NaN; what is longer is not sent.
+    - `length`: the largest b of them; shorter columns are filled up with -1 (integers) or NaN.
 
-    **Returns:** the sums (W, k), the columns (W·length,), one process after another, and each process's b. In one
-    process all is as it was given, with W = 1 and length = b.
+    **Returns:** the sums (W, k), and the columns (W·length,), one process after another. In one process all is as it
+    was given, with W = 1 and length = b.
     """
-    here, world = len(columns[0]), world_size()
+    world = world_size()
     if world == 1:
-        return sums[None], columns, [here]
+        return sums[None], columns
     rows = torch.full((len(columns), length), -1, dtype=torch.int32, device=sums.device)  # these bits are NaN, too
     for row, column in zip(rows, columns, strict=True):
-        part = column[:length]
-        row[: len(part)] = part.float().view(torch.int32) if part.is_floating_point() else part.int()
-    header = torch.cat([sums.double(), sums.new_tensor([here], dtype=torch.float64)]).view(torch.int32)
+        row[: len(column)] = column.float().view(torch.int32) if column.is_floating_point() else column.int()
+    header = sums.double().view(torch.int32)
     sent = torch.cat([header, rows.view(-1)])
     received = sent.new_empty(world, len(sent))
     dist.all_gather_into_tensor(received.view(-1), sent)
-    numbers = received[:, : len(header)].contiguous().view(torch.float64)
+    numbers = received[:, : len(header)].flatten().view(torch.float64).view(world, len(sums))
     bits = received[:, len(header) :].reshape(world, len(columns), length).transpose(0, 1).reshape(len(columns), -1)
     gathered = tuple(
         row.view(torch.float32) if column.is_floating_point() else row.to(column.dtype)
         for row, column in zip(bits, columns, strict=True)
     )
-    return numbers[:, :-1], gathered, [int(count) for count in numbers[:, -1].tolist()]
+    return numbers, gathered
 
 
 def whole(tensor: Tensor) -> Tensor:

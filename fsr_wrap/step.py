@@ -78,7 +78,6 @@ class Reweighting:
         self._checked = False
         # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
         self._keeps_features = config.reward == "cached" or head.module is core
-        self._length: int | None = None  # of the columns that the processes exchange: the largest batch of one of them
         self._recorded: list[_Decision] | None = None
         self._replayed: Iterator[_Decision] = iter(())
         self._listen()
@@ -217,8 +216,6 @@ class Reweighting:
         while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
             pass
         self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
-        if self._length is None and distributed.world_size() > 1:
-            self._length = distributed.largest(len(batch.logits), batch.logits.device)
 
     def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
@@ -255,7 +252,8 @@ class Reweighting:
         clean_logits = at_head.logits if batch.mix is None else clean.output.to(losses.dtype)
         stored = None if memory.pseudo is None else memory.pseudo.stored(batch.index, losses.dtype)
 
-        step, size, mean_square = self._look_ahead(at_head, stored, new, active or self._pusher.needs_lookahead)
+        step, counts, mean_square = self._look_ahead(at_head, stored, new, active or self._pusher.needs_lookahead)
+        size = sum(counts)
         scores: Tensor | None = None
         reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(())
         if active and step is not None:
@@ -268,14 +266,11 @@ class Reweighting:
         ahead = step.logits(clean_features, clean_logits) if step is not None and self._pusher.needs_lookahead else None
         score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
 
-        length = len(losses) if self._length is None else self._length
-        mine = (index, batch.label, score)
-        sums, (index, label, score), counts = distributed.gather(_sums(rule, scores, valid), mine, length)
+        mine, length = (index, batch.label, score), max(counts)
+        sums, (index, label, score) = distributed.gather(_sums(rule, scores, valid), mine, length)
         weights = self._weigh(rule, scores, valid, size, sums)
         offset = distributed.rank() * length
         momentum = memory.visit(index, label, score, self._payload(clean), offset)[offset : offset + len(losses)]
-        if len(momentum) < len(losses):  # a batch larger than any before: its last samples were not sent
-            momentum = torch.cat([momentum, momentum.new_full((len(losses) - len(momentum),), -torch.inf)])
         pseudo = share = None
         if memory.pseudo is not None and stored is not None and mean_square is not None:
             pseudo, seen = memory.pseudo.update(batch.index, clean_logits, stored, momentum > -torch.inf, mean_square)
@@ -286,12 +281,10 @@ class Reweighting:
             share = seen.to(weights.dtype) * (self.config.relabel_weight / size) if active else None
 
         self.weights = weights
-        if self._length is not None:
-            self._length = max(length, *counts)
         if len(losses):
             bad = 0.0 if valid is None else (~valid).sum()
             memory.count(weights, losses, size, reward_loss=reward_loss, skipped_samples=bad, skipped_reward=skipped)
-        return _Decision(weights, pseudo, share, sum(counts))
+        return _Decision(weights, pseudo, share, size)
 
     def _clean(self, batch: _Accepted) -> Capture:
         """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
@@ -367,26 +360,31 @@ class Reweighting:
 
     def _look_ahead(
         self, batch: Batch, stored: Tensor | None, new: Tensor, needed: bool
-    ) -> tuple[MetaStep | None, int | Tensor, Tensor | None]:
-        """The look-ahead step if it is needed, b and the mean square of ŷ over all processes: one all-reduce."""
+    ) -> tuple[MetaStep | None, list[int], Tensor | None]:
+        """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
+
+        Several processes wait for the device here, to know how much there is to exchange.
+        """
         lr, here, world = self.config.lookahead_lr, len(batch.logits), distributed.world_size()
         known = new.to(batch.logits.dtype)
         sums = {} if stored is None else {"/square": known @ stored.square().mean(1), "/new": known.sum()}
         if world == 1 and self.head.is_linear and self.config.reward_every == 1:
             step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
-            size: int | Tensor = here
+            counts = [here]
         else:
             gradient: dict[str, Tensor] = {}
             if needed and lr:
                 params, smoothing = self.head.params(batch.logits.dtype), batch.label_smoothing
                 gradient, _ = self.head.gradient(params, batch.features, batch.target, label_smoothing=smoothing)
-            total = distributed.sum_all({**gradient, **sums, "/size": batch.logits.new_tensor(float(here))})
+            of_each = batch.logits.new_zeros(world)
+            of_each[distributed.rank()] = here
+            total = distributed.sum_all({**gradient, **sums, "/counts": of_each})
             sums = {name: total.pop(name) for name in sums}
-            size = total.pop("/size") if world > 1 else here
-            step = FunctionalStep(self.head, batch, lr, total, size, distributed.sum_all) if needed else None
-        return step, size, sums["/square"] / sums["/new"].clamp(min=1) if sums else None
+            counts = [int(count) for count in total.pop("/counts").tolist()] if world > 1 else [here]
+            step = FunctionalStep(self.head, batch, lr, total, sum(counts), distributed.sum_all) if needed else None
+        return step, counts, sums["/square"] / sums["/new"].clamp(min=1) if sums else None
 
-    def _weigh(self, rule: str, scores: Tensor, valid: Tensor | None, size: int | Tensor, sums: Tensor) -> Tensor:
+    def _weigh(self, rule: str, scores: Tensor, valid: Tensor | None, size: int, sums: Tensor) -> Tensor:
         """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: `_sums` of each, (W, k)."""
         uniform = torch.ones_like(scores) / size if valid is None else valid.to(scores.dtype) / size
         if rule == "uniform":
