@@ -54,6 +54,8 @@ class FSRConfig:
     - `relabel_weight`: p, the multiplier of the re-labelling loss; 0 turns re-labelling and its N×C state off.
     - `relabel_momentum`: β in [0, 1), the weight of the **old** value in Eq. 7.
     - `relabel_temperature`: T > 0, the pseudo-label is softmax(ŷ / T).
+    - `relabel_storage`: how ŷ is kept. `"float16"`: all C values, 2·C bytes a sample; `"int8"`: half of that; an
+        integer K: the K largest values and the mean of the others, 4·K + 6 bytes a sample, for many classes.
     - `label_smoothing`: in [0, 1), for the weighted loss, the look-ahead and the reward loss alike.
     - `mixup_beta`: m = U^(1/β)/2 in [`FSRWrapper.mixup`][fsr_wrap.FSRWrapper.mixup]; 0.5 as in the released code.
     - `max_weight`: None, or the largest weight of a sample as a multiple of the uniform weight 1/b. A remedy when
@@ -61,6 +63,8 @@ class FSRConfig:
     - `nonfinite`: `"raise"` stops at NaN or infinite logits or features with everything as it was, `"skip"` leaves
         such samples out of the loss, the scores and the dictionary, and counts them. A NaN that entered before the head
         still reaches the gradients in the backward pass: skip such steps as you would without FSR.
+    - `compile`: whether a linear head's arithmetic is compiled (`torch.compile`): about 20 operations become a few. Has
+        an effect in one process, at `reward_every=1` and with pushers that need no look-ahead.
     - `seed`: of the wrapper's own random numbers; the global RNG streams are never touched.
 
     **Raises:** `ValueError` naming the field and the range that is allowed.
@@ -79,10 +83,12 @@ class FSRConfig:
     relabel_weight: float = 2.0
     relabel_momentum: float = 0.1
     relabel_temperature: float = 1.0
+    relabel_storage: str | int = "float16"
     label_smoothing: float = 0.0
     mixup_beta: float = 0.5
     max_weight: float | None = None
     nonfinite: Literal["raise", "skip"] = "raise"
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,10 +109,15 @@ class FSRConfig:
             "relabel_weight": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
             "relabel_momentum": below_one,
             "relabel_temperature": positive,
+            "relabel_storage": (
+                lambda v: v in ("float16", "int8") or (_is_int(v) and v >= 1),
+                '"float16", "int8" or an integer >= 1',
+            ),
             "label_smoothing": below_one,
             "mixup_beta": positive,
             "max_weight": (lambda v: v is None or (_is_number(v) and v >= 1), "None or a number >= 1"),
             "nonfinite": (lambda v: v in ("raise", "skip"), '"raise" or "skip"'),
+            "compile": (lambda v: isinstance(v, bool), "True or False"),
             "seed": natural,
         }
         for name, (ok, allowed) in rules.items():

@@ -53,6 +53,8 @@ class _Entries:
 
 
 def _concatenate(parts: list[_Entries]) -> _Entries:
+    if len(parts) == 1:
+        return parts[0]
     names = ("index", "label", "score", "row")
     return _Entries(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -88,15 +90,14 @@ class RewardDictionary:
         self._members = _Entries.empty(self._capacity, device)  # R_t, class by class, best first
         self._count = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self._best = _Entries.empty(self._capacity, device)  # top-k of this epoch so far
-        self._buffer = _Entries.empty(self._length, device)  # visits since the last selection
+        self._buffer: list[_Entries] = []  # visits since the last selection, batch by batch
         self._filled = 0
-        self._buffer.row = torch.arange(self._length, device=device)  # of the arena, where the next ones go
+        self._free = torch.arange(self._length, device=device)  # rows of the arena, where they go
         self._arena: tuple[Tensor, ...] = ()
         # In several processes: whether a row's payload is in one process only, and whether in this one.
         self._alone, self._here = torch.zeros(2, self._rows, dtype=torch.bool, device=device)
         self._turn = 0
         self._classes: Tensor = torch.zeros(0, dtype=torch.int64)  # those present in R_t, on the host
-        self._turns: Tensor | None = None  # (3, ...): the classes in turn, and the members and first slot of each
 
     def __len__(self) -> int:
         return int(self._count.sum())
@@ -132,8 +133,8 @@ class RewardDictionary:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        entries = [c for e in (self._members, self._best, self._buffer) for c in e.columns().values()]
-        return sum(t.nbytes for t in [*entries, *self._arena, self._alone, self._here, self._count])
+        entries = [c for e in (self._members, self._best, *self._buffer) for c in e.columns().values()]
+        return sum(t.nbytes for t in [*entries, *self._arena, self._free, self._alone, self._here, self._count])
 
     def push(
         self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], *, offset: int = 0
@@ -174,33 +175,33 @@ class RewardDictionary:
         """As `push`, for at most as many as the buffer holds; `offset` is negative where earlier payloads are done."""
         if self._filled + len(index) > self._length:
             self._select()
-        part = slice(self._filled, self._filled + len(index))
-        self._buffer.index[part] = torch.where(score > -torch.inf, index, EMPTY)
-        self._buffer.label[part] = label
-        self._buffer.score[part] = score
-        row = self._buffer.row[part]
-        mine = row[max(offset, 0) : max(offset + (len(payload[0]) if payload else 0), 0)]
+        row = self._free[self._filled : self._filled + len(index)]
+        mine = row
+        if offset or (payload and len(payload[0]) != len(row)):
+            mine = row[max(offset, 0) : max(offset + (len(payload[0]) if payload else 0), 0)]
+            payload = tuple(tensor[max(-offset, 0) :][: len(mine)] for tensor in payload)
         for arena, tensor in zip(self._arena, payload, strict=True):
-            arena[mine] = tensor[max(-offset, 0) :][: len(mine)].to(arena.dtype)
+            arena.index_copy_(0, mine, tensor.to(arena.dtype))
         if world_size() > 1:
             self._alone[row], self._here[row], self._here[mine] = True, False, True
+        index = torch.where(score > -torch.inf, index, EMPTY)
+        self._buffer.append(_Entries(index, label.clone(), score.to(torch.float32, copy=True), row))
         self._filled += len(index)
 
     def _select(self, carried: _Entries | None = None) -> Tensor:
         """Merges the buffer into the best of the epoch; returns how many of each class there are."""
-        parts = [self._best, self._buffer] if carried is None else [carried, self._best, self._buffer]
+        parts = [self._best, *self._buffer] if carried is None else [carried, self._best, *self._buffer]
         self._best, count = top_k_per_class(_concatenate(parts), self.num_classes, self.quota)
         self._clear_buffer([self._members, self._best])
         return count
 
     def _clear_buffer(self, in_use: list[_Entries]) -> None:
-        self._buffer.index.fill_(EMPTY)
-        self._filled = 0
+        self._buffer, self._filled = [], 0
         rows = self._rows
         used = torch.zeros(rows + 1, dtype=torch.int8, device=self.device)
         for entries in in_use:
             used[torch.where(entries.index != EMPTY, entries.row, rows)] = 1
-        self._buffer.row = used[:rows].argsort(stable=True)[: self._length]  # free ones
+        self._free = used[:rows].argsort(stable=True)[: self._length]
 
     def update(self, carry: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Makes the best samples of the epoch the new dictionary (Eq. 4). Synchronises with the device.
@@ -216,11 +217,11 @@ class RewardDictionary:
         self._clear_buffer([self._members])
         present = self._count.cpu().nonzero()[:, 0]
         self._classes = present[torch.randperm(len(present), generator=generator)]
-        self._turn, self._turns = 0, None
+        self._turn = 0
 
     def consolidate(self) -> None:
         """Brings every process the payloads that one process alone has. All processes must call it."""
-        entries = _concatenate([self._members, self._best, self._buffer])
+        entries = _concatenate([self._members, self._best, *self._buffer])
         rows = entries.row[entries.index != EMPTY]
         rows = rows[self._alone[rows]]
         for arena in self._arena:
@@ -236,36 +237,51 @@ class RewardDictionary:
 
         **Raises:** `RuntimeError` if the dictionary is empty.
         """
+        slot, row, label = self.plan(batch_size, generator)
+        return RewardBatch(self._members.index[slot], label, self.payload(row))
+
+    def plan(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        """The draw of as many samples, without their payloads: slots, rows and labels, (3, number).
+
+        Holds until the next update. It may be several reward batches, one after another.
+
+        **Raises:** `RuntimeError` if the dictionary is empty.
+        """
         if not self:
             raise RuntimeError("The dictionary is empty: there is reward data after the first update() only.")
-        if self._turns is None or self._turns.shape[1] < self._turn + batch_size:
-            cls = self._classes.repeat(2 + batch_size // len(self._classes)).to(self.device, non_blocking=True)
-            self._turns = torch.stack([cls, self._count[cls], cls * self.quota])
-        cls, count, first = self._turns[:, self._turn : self._turn + batch_size]
-        self._turn = (self._turn + batch_size) % len(self._classes)
-        uniform = torch.rand(batch_size, generator=generator).to(self.device, non_blocking=True)
-        slot = first + torch.minimum((uniform * count).long(), count - 1)
-        row = self._members.row[slot]
-        return RewardBatch(self._members.index[slot], cls, tuple(arena[row] for arena in self._arena))
+        classes = len(self._classes)
+        cls = self._classes.roll(-self._turn).repeat(-(-number // classes))[:number]
+        self._turn = (self._turn + number) % classes
+        uniform = torch.rand(number, generator=generator)
+        cls, uniform = cls.to(self.device, non_blocking=True), uniform.to(self.device, non_blocking=True)
+        count = self._count[cls]
+        slot = cls * self.quota + torch.minimum((uniform * count).long(), count - 1)
+        return torch.stack([slot, self._members.row[slot], cls])
+
+    def payload(self, row: Tensor) -> tuple[Tensor, ...]:
+        """What is stored in these rows of a plan, (n, ...) each."""
+        # Indexing keeps the memory format of images; for rows of features index_select is faster.
+        return tuple(arena.index_select(0, row) if arena.ndim == 2 else arena[row] for arena in self._arena)
 
     def to(self, device: torch.device) -> None:
         """Moves the entries; payloads move too."""
-        self._members, self._best, self._buffer = (
-            entries.to(device) for entries in (self._members, self._best, self._buffer)
+        self._members, self._best, *self._buffer = (
+            entries.to(device) for entries in (self._members, self._best, *self._buffer)
         )
-        self._count, self._turns = self._count.to(device), None
+        self._count, self._free = self._count.to(device), self._free.to(device)
         self._alone, self._here = self._alone.to(device), self._here.to(device)
         self._arena = tuple(arena.to(device) for arena in self._arena)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; loads with `weights_only=True`. Without entries whose payload is elsewhere."""
         elsewhere = self._alone & ~self._here
-        best, buffer = (entries.where(~elsewhere[entries.row]) for entries in (self._best, self._buffer))
+        waiting = _concatenate([_Entries.empty(0, self.device), *self._buffer])
+        best, buffer = (entries.where(~elsewhere[entries.row]) for entries in (self._best, waiting))
         return {
             "num_classes": self.num_classes,
             "size": self.size,
             "length": self._length,
-            "filled": self._filled,
+            "free": self._free.clone(),
             "turn": self._turn,
             "classes": self._classes.clone(),
             "count": self._count.clone(),
@@ -280,12 +296,13 @@ class RewardDictionary:
     def from_state_dict(cls, state: dict[str, Any]) -> RewardDictionary:
         """The dictionary that `state_dict` described."""
         self = cls(state["num_classes"], state["size"], buffer=state["length"])
-        self._filled, self._turn = state["filled"], state["turn"]
+        self._turn = state["turn"]
         self._classes = state["classes"].cpu().clone()
-        self._count = state["count"].clone()
-        self._members, self._best, self._buffer = (
+        self._count, self._free = state["count"].clone(), state["free"].clone()
+        self._members, self._best, waiting = (
             _Entries(**{k: v.clone() for k, v in state[name].items()}) for name in ("members", "best", "buffer")
         )
+        self._buffer, self._filled = [waiting], len(waiting.index)
         self._arena = tuple(
             arena.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
             for arena, last in zip(state["arena"], state["channels_last"], strict=True)

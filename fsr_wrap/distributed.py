@@ -67,6 +67,24 @@ def gather(sums: Tensor, columns: tuple[Tensor, ...], length: int) -> tuple[Tens
     return numbers, gathered
 
 
+def gather_rows(tensors: tuple[Tensor, ...], length: int) -> tuple[Tensor, ...]:
+    """The rows of every process, (n, k) each → (W·length, k), filled up with zeros, by one all-gather.
+
+    In one process they are as they were given.
+
+    **Arguments:** `length`, the largest n of them.
+    """
+    world = world_size()
+    if world == 1:
+        return tensors
+    widths = [tensor.shape[1] for tensor in tensors]
+    sent = tensors[0].new_zeros(length, sum(widths))
+    torch.cat(tensors, dim=1, out=sent[: len(tensors[0])])
+    received = sent.new_empty(world * length, sum(widths))
+    dist.all_gather_into_tensor(received, sent)
+    return received.split(widths, dim=1)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, put together if it is sharded (a DTensor). All processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

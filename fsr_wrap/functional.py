@@ -23,7 +23,7 @@ EPS = 1e-5
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, *, reduction: str = "none") -> Tensor:
     """ℓ_i, the softmax cross-entropy of each sample.
 
     **Arguments:**
@@ -31,10 +31,11 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     - `logits`: (b, C).
     - `target`: (b,) class numbers, or (b, C) soft targets in the dtype of the logits.
     - `label_smoothing`: in [0, 1); the target becomes (1−s)·target + s/C.
+    - `reduction`: `"none"`, or `"sum"`.
 
-    **Returns:** (b,).
+    **Returns:** (b,), or ().
     """
-    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)
 
 
 def dense_target(target: Tensor, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -50,11 +51,28 @@ def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Te
     """∂ℓ_i/∂logits_i = softmax(logits) − target, (b, C); exact for soft targets of any sum."""
     probability = logits.softmax(1)
     if target.ndim == 1 and not label_smoothing:
-        return probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
+        return _minus_one_hot(probability, target[:, None])
     soft = dense_target(target, logits, label_smoothing)
     if target.ndim == 2:
         probability = probability * soft.sum(1, keepdim=True)
     return probability - soft
+
+
+def losses_and_residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` (b,) and `residual` (b, C) of one softmax; without gradients."""
+    log_probability = logits.log_softmax(1)
+    if target.ndim == 1 and not label_smoothing:
+        label = target[:, None]
+        losses = log_probability.gather(1, label).neg_()[:, 0]
+        return losses, _minus_one_hot(log_probability.exp_(), label)
+    soft = dense_target(target, logits, label_smoothing)
+    losses = -(soft * log_probability).sum(1)
+    probability = log_probability.exp_()
+    return losses, (probability if target.ndim == 1 else probability * soft.sum(1, keepdim=True)) - soft
+
+
+def _minus_one_hot(probability: Tensor, label: Tensor) -> Tensor:
+    return probability.scatter_add_(1, label, probability.new_full(label.shape, -1.0))
 
 
 # --- any head: torch.func --------------------------------------------------------------------------------------------
@@ -82,15 +100,14 @@ def head_gradient(
     return dict(zip(params, gradient, strict=True)), loss.detach()
 
 
-def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int | Tensor) -> Params:
+def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int) -> Params:
     """φ' = φ − η ∇_φ Σ_i ω₀ ℓ_i(φ) with uniform weights ω₀ = 1/b (Algorithm 1; Eq. 3's Θ_{t+1}).
 
     **Arguments:** φ; `gradient`, the sum from `head_gradient`; `lr`, η; `batch_size`, b.
 
     **Returns:** φ', named and shaped like φ.
     """
-    scale = lr / batch_size
-    return {name: value - scale * gradient[name] for name, value in params.items()}
+    return {name: value.sub(gradient[name], alpha=lr / batch_size) for name, value in params.items()}
 
 
 def meta_gradient(
@@ -132,6 +149,7 @@ def linear_look_ahead_logits(
     batch_residual: Tensor,
     *,
     lr: float,
+    batch_size: int | None = None,
     bias: bool = True,
 ) -> Tensor:
     """The logits that the look-ahead head φ' of a linear head gives, without forming φ'.
@@ -141,12 +159,12 @@ def linear_look_ahead_logits(
     **Arguments:**
 
     - `features`: (n, d) where to evaluate, and `logits` (n, C) there at φ.
-    - `batch_features`, `batch_residual`: h (b, d) and E (b, C) of the training batch.
-    - `lr`: η. `bias`: whether the head has one.
+    - `batch_features`, `batch_residual`: h (b, d) and E (b, C) of the training batch; rows of zeros add nothing.
+    - `lr`: η. `batch_size`: b, the number of rows if not given. `bias`: whether the head has one.
 
     **Returns:** (n, C).
     """
-    scale = lr / batch_features.shape[0]
+    scale = lr / (batch_size or batch_features.shape[0])
     return torch.addmm(logits, _gram(features, batch_features, bias), batch_residual, alpha=-scale)
 
 
@@ -174,6 +192,12 @@ def linear_meta_gradient(
     return lr * ((_gram(features, reward_features, bias) @ reward_residual) * residual).sum(1)
 
 
+def linear_gradient(params: Params, features: Tensor, residual: Tensor) -> Params:
+    """Σ_i ∇_φ ℓ_i of a linear head, Eᵀh and Eᵀ1, named and shaped like φ. **Arguments:** φ; h (n, d), E (n, C)."""
+    gradient = {"weight": residual.T @ features}
+    return gradient | {"bias": residual.sum(0)} if "bias" in params else gradient
+
+
 def linear_meta_gradient_along(features: Tensor, residual: Tensor, gradient: Params, *, lr: float) -> Tensor:
     """η ⟨G, ∇_φ ℓ_i⟩ of a linear head where G is at hand, summed over processes, say: η Σ_c E_ic (G_W h_i + G_b)_c.
 
@@ -182,6 +206,35 @@ def linear_meta_gradient_along(features: Tensor, residual: Tensor, gradient: Par
     **Returns:** (b,).
     """
     return lr * (F.linear(features, gradient["weight"], gradient.get("bias")) * residual).sum(1)
+
+
+def linear_scores(
+    params: Params,
+    features: Tensor,
+    residual: Tensor,
+    reward_features: Tensor,
+    reward_target: Tensor,
+    *,
+    lr: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Look-ahead, reward gradient and η ⟨G, ∇_φ ℓ_i⟩ of a linear head at one go, which `torch.compile` fuses.
+
+    **Arguments:**
+
+    - `params`, φ; `features`, h (b, d); `residual`, E (b, C) at φ.
+    - `reward_features`, H_R (q, d); `reward_target` (q,) or (q, C).
+    - `lr`, η; 0 takes no look-ahead, and scores are then in units of η.
+
+    **Returns:** the scores (b,) and the reward loss, ().
+    """
+    ahead = params
+    if lr:
+        ahead = look_ahead(params, linear_gradient(params, features, residual), lr=lr, batch_size=len(features))
+    logits = F.linear(reward_features, ahead["weight"], ahead.get("bias"))
+    losses, reward_residual = losses_and_residual(logits, reward_target, label_smoothing)
+    gradient = linear_gradient(params, reward_features, reward_residual / len(losses))
+    return linear_meta_gradient_along(features, residual, gradient, lr=lr or 1.0), losses.mean()
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -206,8 +259,8 @@ def normalize_weights(unnormalized: Tensor, total: Tensor) -> Tensor:
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """(Σω)² / Σω², between 1 and b; 0 where all weights are 0. (b,) → ()."""
-    return weights.sum().square() / weights.square().sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    """(Σω)² / Σω², between 1 and b; 0 where all weights are 0. (..., b) → (...)."""
+    return weights.sum(-1).square() / weights.square().sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 # --- re-labelling and MixUp ------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
-"""Find the head (Θ^meta), catch what goes into it, check it, and take the look-ahead step on it."""
+"""Find the head (Θ^meta), check it, and take the look-ahead step on it."""
 
 from __future__ import annotations
 
+import functools
 import re
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional as fsr
 from .checks import as_logits
-from .distributed import whole
+from .distributed import gather_rows, sum_all, whole, world_size
 from .functional import Params
+from .tap import Capture
 
 REFUSED = {
     "DataParallel": "nn.DataParallel splits the batch behind our back: use DistributedDataParallel instead.",
@@ -28,7 +28,6 @@ REFUSED = {
     "fully_shard (FSDP2).",
 }
 CLASSIFIER_NAMES = ("classifier", "score", "fc", "head", "heads", "output_layer")
-_MEMORY = 8  # forwards whose loss() may still come
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -176,151 +175,17 @@ def _auto(model: nn.Module) -> tuple[str, nn.Module]:
     raise ValueError(f"No head was found in {type(model).__name__}. {_candidates(model)}")
 
 
-# --- catching --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Capture:
-    """What one forward left behind: the head's input and output (detached), the model's input, the autocast state."""
-
-    features: Tensor
-    output: Tensor
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
-    autocast: torch.dtype | None = None
-
-
-NOTHING = Capture(torch.empty(0), torch.empty(0))
-
-
-class Tap:
-    """Hooks on model and head that keep what the last training forwards left behind.
-
-    Forwards without gradients are not seen. The hooks change nothing in the forward.
-    """
-
-    def __init__(self, model: nn.Module, head: nn.Module):
-        self._reset()
-        self._handles = [
-            model.register_forward_pre_hook(self._on_model, with_kwargs=True),
-            head.register_forward_hook(self._on_head, with_kwargs=True),
-        ]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__setstate__(self.__getstate__())
-        return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._reset()
-        self._handles = []
-        self._muted = True  # the hooks of a copied model have nobody to listen for
-
-    def _reset(self) -> None:
-        # Of one length, whatever waits: a compiled model guards it.
-        self._captures: tuple[Capture, ...] = (NOTHING,) * _MEMORY
-        self._used: deque[weakref.ref[Tensor]] = deque(maxlen=_MEMORY)
-        self._diverted: Capture | None = None
-        self._diverting = self._muted = False
-        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _is_listening(self) -> bool:
-        return torch.is_grad_enabled() and not self._diverting and not self._muted
-
-    @contextmanager
-    def mute(self) -> Iterator[None]:
-        """Within it, forwards are our own and leave nothing behind."""
-        self._muted = True
-        try:
-            yield
-        finally:
-            self._muted = False
-
-    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_listening():
-            self._inputs = (args, kwargs)
-
-    def _on_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self._is_listening() or self._diverting):
-            return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) != 1:
-            return
-        try:
-            output = as_logits(output)
-        except TypeError:
-            return
-        device = output.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        capture = Capture(tensors[0].detach(), output.detach(), *self._inputs, autocast)
-        if self._diverting:
-            self._diverted = capture
-        else:
-            self._captures = (*self._captures[1:], capture)
-
-    @contextmanager
-    def divert(self) -> Iterator[list[Capture]]:
-        """Within it, forwards without gradients are caught, into the list, and nothing else is."""
-        box: list[Capture] = []
-        self._diverting, self._diverted = True, None
-        try:
-            yield box
-            if self._diverted is not None:
-                box.append(self._diverted)
-        finally:
-            self._diverting, self._diverted = False, None
-
-    def find(self, logits: Tensor) -> Capture | None:
-        """The capture of the forward that gave these logits, or a copy of which they are; None if there is none.
-
-        Copies are known by the number of samples, and by their values where that leaves a choice.
-        """
-        if any(used() is logits for used in self._used):
-            return None
-        waiting = [capture for capture in reversed(self._captures) if capture is not NOTHING]
-        for capture in waiting:
-            if capture.output.data_ptr() == logits.data_ptr() and capture.output.device == logits.device:
-                return capture
-        alike = [capture for capture in waiting if capture.output.shape[:1] == logits.shape[:1]]
-        if len(alike) > 1 or len(waiting) == _MEMORY:  # of so many the right one may be forgotten already
-            alike = [capture for capture in alike if _is_copy(capture.output, logits)]
-        return alike[0] if alike else None
-
-    def discard(self, capture: Capture, logits: Tensor) -> None:
-        """Forgets a capture whose loss was computed, and those before it."""
-        position = [one is capture for one in self._captures].index(True) + 1
-        self._captures = (NOTHING,) * position + self._captures[position:]
-        self._used.append(weakref.ref(logits))
-        self._inputs = ((), {})
-
-
-def _is_copy(output: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are the output, up to its precision."""
-    if output.numel() != logits.numel():
-        return False
-    copy = logits.detach().reshape(output.shape).to(output)
-    return bool(torch.isclose(output, copy, rtol=1e-2, atol=1e-5, equal_nan=True).all())
-
-
 # --- the head as a function ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The training batch at the head: `features` (b, ...), `logits` (b, C), `target` (b,) or (b, C), detached."""
+    """The training batch at the head, detached: `features` (b, ...), `target` (b,) or (b, C), and `residual` (b, C),
+    ∂ℓ_i/∂logits at φ."""
 
     features: Tensor
-    logits: Tensor
     target: Tensor
+    residual: Tensor
     label_smoothing: float = 0.0
 
 
@@ -351,48 +216,64 @@ def _scale(lr: float) -> float:
     return lr or 1.0
 
 
-class LinearStep:
-    """The closed form for a linear head under cross-entropy, in one process."""
+class KernelStep:
+    """A linear head by inner products of features; no gradient of C×d is formed, nor sent. For many classes.
 
-    def __init__(self, head: Head, batch: Batch, lr: float):
-        self._head, self._batch, self._lr, self._bias = head, batch, lr, head.has_bias
-        self._residual = fsr.residual(batch.logits, batch.target, batch.label_smoothing)
+    **Arguments:** `params`, φ; `batch_size`, b over all processes; `length`, the largest b of one.
+    """
+
+    def __init__(self, head: Head, batch: Batch, lr: float, params: Params, batch_size: int, length: int):
+        self._head, self._batch, self._lr, self._params, self._size = head, batch, lr, params, batch_size
+        self._rows = gather_rows((batch.features, batch.residual), length)
 
     def logits(self, features: Tensor, logits: Tensor) -> Tensor:
         return fsr.linear_look_ahead_logits(
-            features, logits, self._batch.features, self._residual, lr=self._lr, bias=self._bias
+            features, logits, *self._rows, lr=self._lr, batch_size=self._size, bias=self._head.has_bias
         )
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
-        logits = self.logits(reward.features, self._head.logits(reward.features, self._batch.logits.dtype))
-        residual = fsr.residual(logits, reward.target, reward.label_smoothing) / reward.batch_size
-        loss = fsr.cross_entropy(logits, reward.target, reward.label_smoothing).sum() / reward.batch_size
+        size = reward.batch_size
+        logits = self.logits(reward.features, self._head.call(self._params, reward.features))
+        losses, residual = fsr.losses_and_residual(logits, reward.target, reward.label_smoothing)
+        length = -(-size // world_size())
+        everywhere = gather_rows((reward.features, residual / size), length)
         scores = fsr.linear_meta_gradient(
-            self._batch.features, self._residual, reward.features, residual, lr=_scale(self._lr), bias=self._bias
+            self._batch.features, self._batch.residual, *everywhere, lr=_scale(self._lr), bias=self._head.has_bias
         )
-        return scores, loss
+        return scores, losses.sum() / size
 
 
-class FunctionalStep:
-    """torch.func for any head, and for any number of processes.
+class CompiledStep:
+    """A linear head in one process, by one compiled function; for pushers that need no look-ahead.
 
-    **Arguments:** `gradient`, Σ_i ∇_φ ℓ_i (not used if `lr` is 0) and `batch_size`, b, over all processes; `reduce`
-    sums over the processes.
+    **Arguments:** `params`, φ.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        batch: Batch,
-        lr: float,
-        gradient: Params,
-        batch_size: int | Tensor,
-        reduce: Callable[[Params], Params],
-    ):
-        self._head, self._batch, self._lr, self._reduce = head, batch, lr, reduce
-        self._params = self._ahead = head.params(batch.logits.dtype)
-        if lr:
-            self._ahead = fsr.look_ahead(self._params, gradient, lr=lr, batch_size=batch_size)
+    def __init__(self, batch: Batch, lr: float, params: Params):
+        self._batch, self._lr, self._params = batch, lr, params
+
+    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
+        where = self._batch.features, self._batch.residual, reward.features, reward.target
+        return _compiled_scores()(self._params, *where, lr=self._lr, label_smoothing=reward.label_smoothing)
+
+
+@functools.cache
+def _compiled_scores() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(fsr.linear_scores)
+
+
+class GradientStep:
+    """Any head, by its gradients: of a linear one they are products, of others torch.func's.
+
+    **Arguments:** `params`, φ; `gradient`, Σ_i ∇_φ ℓ_i (not used if `lr` is 0) and `batch_size`, b, over all processes.
+    """
+
+    def __init__(self, head: Head, batch: Batch, lr: float, params: Params, gradient: Params, batch_size: int):
+        self._head, self._batch, self._lr, self._params = head, batch, lr, params
+        self._ahead = fsr.look_ahead(params, gradient, lr=lr, batch_size=batch_size) if lr else params
 
     def logits(self, features: Tensor, logits: Tensor) -> Tensor:
         return self._head.call(self._ahead, features)
@@ -403,20 +284,17 @@ class FunctionalStep:
 
     def reward_gradient(self, reward: Reward) -> tuple[Params, Tensor]:
         """G over all processes, named and shaped like φ, and this process's part of the reward loss, ()."""
-        total, loss = self._head.gradient(
-            self._ahead, reward.features, reward.target, label_smoothing=reward.label_smoothing
-        )
-        gradient = {name: value / reward.batch_size for name, value in self._reduce(total).items()}
-        return gradient, loss / reward.batch_size
+        smoothing, size = reward.label_smoothing, reward.batch_size
+        total, loss = self._head.gradient(self._ahead, reward.features, reward.target, label_smoothing=smoothing)
+        return {name: value / size for name, value in sum_all(total).items()}, loss / size
 
     def scores_along(self, gradient: Params) -> Tensor:
         """−∂L_R/∂ω of each sample, (b,), for a G that is known."""
-        batch, smoothing = self._batch, self._batch.label_smoothing
+        batch, lr = self._batch, _scale(self._lr)
         if self._head.is_linear:
-            residual = fsr.residual(batch.logits, batch.target, smoothing)
-            return fsr.linear_meta_gradient_along(batch.features, residual, gradient, lr=_scale(self._lr))
+            return fsr.linear_meta_gradient_along(batch.features, batch.residual, gradient, lr=lr)
         where = (batch.features, batch.target, gradient)
-        return fsr.meta_gradient(self._head.call, self._params, *where, lr=_scale(self._lr), label_smoothing=smoothing)
+        return fsr.meta_gradient(self._head.call, self._params, *where, lr=lr, label_smoothing=batch.label_smoothing)
 
 
 class Head:
@@ -437,14 +315,15 @@ class Head:
 
     def params(self, dtype: torch.dtype) -> Params:
         """φ, detached."""
-        params = {
+        if self.is_linear:
+            weight, bias = self.module.weight, self.module.bias
+            params = {"weight": whole(weight.detach()).to(dtype).flatten(1)}  # type: ignore[operator]
+            return params if bias is None else params | {"bias": whole(bias.detach()).to(dtype)}  # type: ignore[operator]
+        return {
             name: whole(value.detach()).to(dtype)
             for name, value in self.module.named_parameters()
             if self.part is None or name in self.part
         }
-        if self.is_linear:
-            params["weight"] = params["weight"].flatten(1)
-        return params
 
     def features(self, captured: Tensor, dtype: torch.dtype) -> Tensor:
         """The captured input in the dtype of the meta arithmetic; flat for a linear head, integers as they are."""
@@ -476,12 +355,15 @@ class Head:
         """Σ_i ∇_φ ℓ_i(φ) of samples in this process, and Σ_i ℓ_i(φ), ()."""
         if not self.is_linear:
             return fsr.head_gradient(self.call, params, features, target, label_smoothing=label_smoothing)
-        logits = self.call(params, features)
-        residual = fsr.residual(logits, target, label_smoothing)
-        gradient = {"weight": residual.T @ features}
-        if self.has_bias:
-            gradient["bias"] = residual.sum(0)
-        return gradient, fsr.cross_entropy(logits, target, label_smoothing).sum()
+        losses, residual = fsr.losses_and_residual(self.call(params, features), target, label_smoothing)
+        return fsr.linear_gradient(params, features, residual), losses.sum()
+
+    def batch_gradient(self, params: Params, batch: Batch) -> Params:
+        """Σ_i ∇_φ ℓ_i(φ) of a batch in this process, at the φ of its residuals."""
+        if self.is_linear:
+            return fsr.linear_gradient(params, batch.features, batch.residual)
+        where = (params, batch.features, batch.target)
+        return fsr.head_gradient(self.call, *where, label_smoothing=batch.label_smoothing)[0]
 
     def check(self, capture: Capture, logits: Tensor) -> bool:
         """Checks that this module's output are the logits.

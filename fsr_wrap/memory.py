@@ -11,6 +11,7 @@ from torch import Tensor
 from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import world_size
+from .functional import effective_sample_size
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 
@@ -25,7 +26,9 @@ METRICS = (
     "skipped_samples",
     "skipped_reward_samples",
 )
-_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps", "gradient_age")
+_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps", "gradient_age", "planned")
+_AHEAD = 16  # reward batches drawn at once
+_UNCOUNTED = 64  # steps whose metrics are added up at once
 
 
 class Memory:
@@ -40,6 +43,7 @@ class Memory:
     dictionary: RewardDictionary
     pseudo: PseudoLabels | None
     sums: Tensor
+    zero: Tensor
 
     def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
         self.config, self.num_samples = config, num_samples
@@ -51,6 +55,11 @@ class Memory:
         self.steps = 0  # since the metrics were read
         self.gradient: dict[str, Tensor] = {}  # G and the reward loss, where they serve for several steps
         self.gradient_age = 0
+        self.plan: Tensor | None = None  # the next reward batches: slots, rows, labels (3, 16, q)
+        self.planned = 0  # those of them that were used
+        # Steps whose metrics are not in the sums yet: weights, losses, reward loss, two numbers skipped; and b.
+        self._uncounted: list[tuple[Tensor, ...]] = []
+        self._sizes: list[int] = []
         self.scattered = False  # whether a part of it is in other processes only
 
     @property
@@ -70,7 +79,8 @@ class Memory:
             self.dictionary.to(device)
             if self.pseudo is not None:
                 self.pseudo.to(device)
-            self.sums = self.sums.to(device)
+            self.sums, self.zero = self.counted().to(device), self.zero.to(device)
+            self.plan = None if self.plan is None else self.plan.to(device)
             self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
         self.table.grow(rows)
         if self.pseudo is not None:
@@ -80,25 +90,37 @@ class Memory:
         config = self.config
         self.pseudo = None
         if config.relabel_weight > 0:
-            self.pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_temperature, device)
+            how = config.relabel_momentum, config.relabel_temperature, config.relabel_storage
+            self.pseudo = PseudoLabels(rows, num_classes, *how, device=device)
         self.table = ScoreTable(rows, config.score_momentum, device)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        self.zero = torch.zeros((), device=device)
         self.ready = True
 
     def end_epoch(self) -> None:
         """The best samples of the epoch become the dictionary (Eq. 4)."""
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
-        carry = (members >= 0) & (
-            last == stored_epoch(self.epoch - 1)
-        )  # visited in the last epoch, and not in this one
+        # Of the old members, those visited in the last epoch and not in this one compete on.
+        carry = (members >= 0) & (last == stored_epoch(self.epoch - 1))
         self.epoch += 1
         self.consumed = 0
         self.dictionary.update(carry, self.generator(0))
+        self.plan = None
         self.consolidate()
+
+    def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Labels (q,) and payloads of the next reward batch."""
+        if self.plan is None or self.planned == self.plan.shape[1]:
+            size = self.config.reward_batch_size
+            self.plan = self.dictionary.plan(_AHEAD * size, self.generator(0)).view(3, _AHEAD, size)
+            self.planned = 0
+        _, row, label = self.plan[:, self.planned].unbind()
+        self.planned += 1
+        return label, self.dictionary.payload(row)
 
     def consolidate(self) -> None:
         """Brings together what the processes hold apart: candidates' payloads and ŷ. All processes must call it."""
@@ -108,51 +130,75 @@ class Memory:
                 self.pseudo.consolidate()
             self.scattered = False
 
-    def visit(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], offset: int) -> Tensor:
+    def visit(
+        self,
+        index: Tensor,
+        label: Tensor,
+        score: Tensor,
+        payload: tuple[Tensor, ...],
+        *,
+        offset: int = 0,
+        new: Tensor | None = None,
+    ) -> Tensor:
         """Takes note of a batch: of the samples of all processes, and the payloads of this one's.
 
         **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`.
 
-        **Returns:** P̂ of the samples after the visit, and −inf where nothing was kept.
+        **Returns:** the rows of the score table that were written, -1 where nothing was kept.
         """
         if world_size() > 1:
             self.scattered = True
             if self.num_samples is None:
                 self.prepare(index, self.dictionary.num_classes, index.device)
-        momentum = self.table.update(index, score, label, self.epoch)
-        self.dictionary.push(index, label, momentum, payload, offset=offset)
-        return momentum
+        row, momentum = self.table.update(index, score, self.epoch, new)
+        self.dictionary.push(row, label, momentum, payload, offset=offset)
+        return row
 
     def count(
         self,
         weights: Tensor,
         losses: Tensor,
-        size: int | Tensor,
+        size: int,
         *,
-        reward_loss: Tensor,
-        skipped_samples: float | Tensor,
-        skipped_reward: Tensor,
+        reward_loss: Tensor | None = None,
+        skipped_samples: Tensor | None = None,
+        skipped_reward: Tensor | None = None,
     ) -> None:
-        """Adds a batch to what `metrics` will tell. `weights` and `losses` (b,), `size` b over all processes."""
-        on_host, world = weights.device.type == "cpu", world_size()
-        parts = (weights @ losses, weights.sum(), weights @ weights, weights.amax(), (weights <= 0).sum(), reward_loss)
-        numbers: Any = [part.item() for part in parts] if on_host else parts
-        loss, total, square, largest, zeros, reward = numbers
-        values = (
-            world * loss,
-            world * reward,
-            zeros / len(weights),
-            total * total / (square + torch.finfo(weights.dtype).tiny),
-            largest * size,
-            1.0 * (largest <= 0),
-            skipped_samples,
-            skipped_reward,
-        )
+        """Takes note of a batch for what `metrics` will tell. `weights` and `losses` (b,), `size` b over all processes.
+
+        They are added up some 64 steps at a time.
+        """
+        if self._uncounted and self._uncounted[0][0].shape != weights.shape:
+            self.counted()
         self.steps += 1
-        if on_host:
-            self.sums += torch.tensor([float(value) for value in values], dtype=self.sums.dtype)
-        else:
-            self.sums += torch.stack([torch.as_tensor(value, dtype=self.sums.dtype) for value in values])
+        numbers = (self.zero if value is None else value for value in (reward_loss, skipped_samples, skipped_reward))
+        self._uncounted.append((weights, losses, *numbers))
+        self._sizes.append(size)
+        if len(self._uncounted) == _UNCOUNTED:
+            self.counted()
+
+    def counted(self) -> Tensor:
+        """The sums of all steps since the metrics were read, (8,) float64."""
+        if self._uncounted:
+            weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
+            size = torch.tensor(self._sizes).to(weights.device, non_blocking=True)
+            largest = weights.amax(1)
+            values = (
+                world_size() * (weights * losses).sum(1),
+                world_size() * reward_loss,
+                (weights <= 0).to(losses.dtype).mean(1),
+                effective_sample_size(weights),
+                largest * size,
+                largest <= 0,
+                skipped_samples,
+                skipped_reward,
+            )
+            self.sums += torch.stack([value.to(self.sums.dtype).sum() for value in values])
+            self._uncounted, self._sizes = [], []
+        return self.sums
+
+    def _uncounted_columns(self) -> list[Tensor]:
+        return [torch.stack(column) for column in zip(*self._uncounted, strict=True)]
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""
@@ -168,8 +214,11 @@ class Memory:
         if self.ready:
             state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}
             state |= {"sums": self.sums.clone(), "gradient": {k: v.clone() for k, v in self.gradient.items()}}
+            state |= {"uncounted": self._uncounted_columns(), "sizes": list(self._sizes)}
             if self.pseudo is not None:
                 state["pseudo"] = self.pseudo.state_dict()
+            if self.plan is not None:
+                state["plan"] = self.plan.clone()
         return state
 
     @classmethod
@@ -188,7 +237,10 @@ class Memory:
             raise ValueError(
                 f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}."
             )
-        for name in ("dictionary_size", "reward"):
+        must_agree = ["dictionary_size", "reward"]
+        if config.relabel_weight and "pseudo" in state:
+            must_agree.append("relabel_storage")
+        for name in must_agree:
             saved, live = state["config"][name], getattr(config, name)
             if saved != live:
                 raise ValueError(
@@ -204,6 +256,9 @@ class Memory:
             self.dictionary = dictionary
             self.table.load_state_dict(state["table"])
             self.sums.copy_(state["sums"])
+            self._uncounted = list(zip(*(column.clone() for column in state["uncounted"]), strict=True))
+            self._sizes = list(state["sizes"])
+            self.plan = state["plan"].clone() if "plan" in state else None
             self.gradient = {name: value.clone() for name, value in state["gradient"].items()}
             if self.pseudo is not None and "pseudo" in state:
                 self.pseudo.load_state_dict(state["pseudo"])

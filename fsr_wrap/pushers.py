@@ -103,13 +103,13 @@ def stored_epoch(epoch: int) -> int:
 
 
 class ScoreTable:
-    """P̂, the given label and the last epoch of each sample: 10 bytes a sample.
+    """P̂ and the last epoch of each sample: 6 bytes a sample.
 
     A sample counts once an epoch, at its first visit; what comes of it again before the epoch ends leaves no trace. So
     it makes no difference which process a repeated sample falls to, nor how often a loader repeats it to fill a batch.
 
-    Rows are dataset indices. One row more than there are samples takes what is to be dropped, so that no write depends
-    on the data.
+    Rows are dataset indices. One row more than there are samples, the last one or -1, takes what is to be dropped, so
+    that no write depends on the data.
 
     **Arguments:**
 
@@ -119,7 +119,6 @@ class ScoreTable:
     def __init__(self, num_samples: int, momentum: float, device: torch.device | str = "cpu"):
         self.momentum = momentum
         self.score = torch.full((num_samples + 1,), torch.nan, device=device)
-        self.label = torch.full((num_samples + 1,), -1, dtype=torch.int32, device=device)
         self.epoch = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
 
     @property
@@ -132,48 +131,48 @@ class ScoreTable:
         if num_samples <= self.num_samples:
             return
         held, bigger = self.num_samples, ScoreTable(num_samples, self.momentum, self.score.device)
-        for name in ("score", "label", "epoch"):
+        for name in ("score", "epoch"):
             getattr(bigger, name)[:held] = getattr(self, name)[:-1]
             setattr(self, name, getattr(bigger, name))
 
-    def visited(self, index: Tensor, epoch: int) -> Tensor:
-        """Whether a sample was visited in this epoch. (b,) int64 in [0, N) → (b,) bool."""
-        return self.epoch[index] == stored_epoch(epoch)
+    def is_new(self, index: Tensor, epoch: int) -> Tensor:
+        """Whether a sample was not visited in this epoch yet. (b,) int64 in [-1, N) → (b,) bool."""
+        return self.epoch[index] != stored_epoch(epoch)
 
-    def update(self, index: Tensor, score: Tensor, label: Tensor, epoch: int) -> Tensor:
+    def update(self, index: Tensor, score: Tensor, epoch: int, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """P̂ ← λP̂ + (1−λ)P (Section 4.1) at a sample's first visit of the epoch; P̂ = P at its first of all.
 
         **Arguments:**
 
-        - `index`: (b,) int64 in [0, N), or -1 for what must leave no trace. `label`: (b,). `epoch`: the current one.
+        - `index`: (b,) int64 in [0, N), or -1 for what must leave no trace. `epoch`: the current one.
         - `score`: P (b,); what is not finite leaves no trace.
+        - `new`: `is_new` of them, if it is known.
 
-        **Returns:** P̂ of the samples after the visit (b,), and −inf where nothing was kept.
+        **Returns:** the rows written to (b,), and P̂ of the samples after the visit (b,); -1 and −inf where nothing was
+        kept.
         """
-        now = stored_epoch(epoch)
-        keep = (score - score == 0) & (self.epoch[index] != now) & (index >= 0)  # finite, and not visited yet
-        if index.device.type != "cpu" or _has_repeats(index):
-            keep &= is_first_visit(torch.where(keep, index, -1))
-        row = torch.where(keep, index, self.num_samples)
+        keep = (score - score == 0) & (self.is_new(index, epoch) if new is None else new)  # finite, and not visited yet
+        row = torch.where(keep, index, -1)
+        if index.device.type != "cpu" or len(set(index.tolist())) < len(index):
+            row = torch.where(is_first_visit(row), row, -1)
         old = self.score[row]
-        new = torch.where(old.isnan(), score, torch.lerp(score.float(), old, self.momentum)).float()
-        self.score[row] = new
-        self.label[row] = label.to(self.label.dtype)
-        self.epoch[row] = now
-        return torch.where(keep, new, -torch.inf)
+        momentum = torch.where(old.isnan(), score, torch.lerp(score.float(), old, self.momentum)).float()
+        self.score[row] = momentum
+        self.epoch[row] = stored_epoch(epoch)
+        return row, momentum.masked_fill_(row < 0, -torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The three columns, without the spare row."""
-        return {name: getattr(self, name)[:-1].clone() for name in ("score", "label", "epoch")}
+        """The columns, without the spare row."""
+        return {name: getattr(self, name)[:-1].clone() for name in ("score", "epoch")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the columns back. The table must be of the same N."""
-        for name in ("score", "label", "epoch"):
+        for name in ("score", "epoch"):
             getattr(self, name)[:-1] = state[name]
 
     def to(self, device: torch.device) -> None:
         """Moves the table."""
-        for name in ("score", "label", "epoch"):
+        for name in ("score", "epoch"):
             setattr(self, name, getattr(self, name).to(device))
 
 
@@ -184,8 +183,3 @@ def is_first_visit(index: Tensor) -> Tensor:
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     return torch.empty_like(first).scatter_(0, order, first)
-
-
-def _has_repeats(index: Tensor) -> bool:
-    ordered = index.sort().values
-    return bool((ordered[1:] == ordered[:-1]).any())

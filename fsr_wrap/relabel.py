@@ -2,19 +2,109 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
 from .distributed import sum_in_place, world_size
 from .functional import relabel
 
+_LARGEST = torch.finfo(torch.float16).max
+_CHUNK = 2**24  # values exchanged at once
+
+Columns = dict[str, Tensor]
+
+
+class Storage(Protocol):
+    """How ŷ is kept: rows of a few columns, zeros where a sample was never seen."""
+
+    def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Width and dtype of each column."""
+        ...
+
+    def encode(self, logits: Tensor) -> Columns:
+        """(b, C) → (b, width) each."""
+        ...
+
+    def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(b, width) each → (b, C), and the mean square of each row, (b,)."""
+        ...
+
+
+class Half:
+    """All C values in half precision: 2·C bytes a sample."""
+
+    def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"logits": (num_classes, torch.float16)}
+
+    def encode(self, logits: Tensor) -> Columns:
+        return {"logits": logits.clamp(-_LARGEST, _LARGEST).half()}
+
+    def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        logits = columns["logits"].to(dtype)
+        return logits, logits.square().mean(1)
+
+
+class Byte:
+    """All C values as multiples of 1/127 of the sample's largest: C + 2 bytes a sample."""
+
+    def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"logits": (num_classes, torch.int8), "scale": (1, torch.float16)}
+
+    def encode(self, logits: Tensor) -> Columns:
+        scale = (logits.abs().amax(1, keepdim=True) / 127).clamp(max=_LARGEST).half()
+        number = (logits / scale.to(logits.dtype)).nan_to_num(0.0).round().clamp(-127, 127)  # 0/0 where all are 0
+        return {"logits": number.to(torch.int8), "scale": scale}
+
+    def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        logits = columns["logits"] * columns["scale"].to(dtype)
+        return logits, logits.square().mean(1)
+
+
+class Largest:
+    """The K largest values of each sample, the mean of its others and the mean square of all: 4·K + 6 bytes a sample,
+    6·K + 6 from 2¹⁵ classes on."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
+        number = min(self.number, num_classes)
+        index = torch.int16 if num_classes <= 2**15 else torch.int32
+        few = {"rest": (1, torch.float16), "square": (1, torch.float32)}
+        return {"logits": (number, torch.float16), "classes": (number, index), **few}
+
+    def encode(self, logits: Tensor) -> Columns:
+        logits = logits.clamp(-_LARGEST, _LARGEST)
+        number, classes = min(self.number, logits.shape[1]), logits.shape[1]
+        top, where = logits.topk(number, dim=1)
+        rest = (logits.sum(1) - top.sum(1)) / max(classes - number, 1)
+        index = torch.int16 if classes <= 2**15 else torch.int32
+        few = {"rest": rest.half()[:, None], "square": logits.float().square().mean(1, keepdim=True)}
+        return {"logits": top.half(), "classes": where.to(index), **few}
+
+    def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rest = columns["rest"].to(dtype).expand(-1, num_classes)
+        logits = rest.scatter(1, columns["classes"].long(), columns["logits"].to(dtype))
+        return logits, columns["square"][:, 0].to(dtype)
+
+
+def get_storage(storage: str | int) -> Storage:
+    """`"float16"`, `"int8"`, or K. **Raises:** `KeyError` for another name."""
+    if isinstance(storage, int):
+        return Largest(storage)
+    named: dict[str, type[Storage]] = {"float16": Half, "int8": Byte}
+    return named[storage]()
+
 
 class PseudoLabels:
-    """ŷ of each sample: N×C values in half precision, zeros where a sample was never seen.
+    """ŷ of each sample, zeros where a sample was never seen.
 
-    **Arguments:** `num_samples`, N; `num_classes`, C; `momentum`, β; `temperature`, T.
+    **Arguments:** `num_samples`, N; `num_classes`, C; `momentum`, β; `temperature`, T; `storage`, as in
+    [`FSRConfig`][fsr_wrap.FSRConfig].
 
-    **Raises:** `MemoryError` if N×C values do not fit, saying how to do without.
+    **Raises:** `MemoryError` if it does not fit, saying how to do with less.
     """
 
     def __init__(
@@ -23,81 +113,96 @@ class PseudoLabels:
         num_classes: int,
         momentum: float,
         temperature: float,
+        storage: str | int = "float16",
         device: torch.device | str = "cpu",
     ):
-        self.momentum, self.temperature = momentum, temperature
+        self.num_classes, self.momentum, self.temperature = num_classes, momentum, temperature
+        self.storage = get_storage(storage)
         self._mine: Tensor | None = None  # rows whose newest value this process alone has; in several processes
         try:
-            self.logits = torch.zeros(num_samples + 1, num_classes, dtype=torch.float16, device=device)
+            self.columns = self._zeros(num_samples + 1, device)
         except RuntimeError as error:
+            widths = self.storage.columns(num_classes).values()
             raise MemoryError(
-                f"Re-labelling keeps {num_samples} x {num_classes} half-precision values, which do not fit on "
-                f"{device}. Pass relabel_weight=0 to train without it."
+                f"Re-labelling keeps {sum(width * dtype.itemsize for width, dtype in widths)} bytes of each of "
+                f"{num_samples} samples, which do not fit on {device}. Pass relabel_storage=10 to keep the 10 largest "
+                f"of {num_classes} values, or relabel_weight=0 to train without it."
             ) from error
+
+    def _zeros(self, rows: int, device: torch.device | str) -> Columns:
+        columns = self.storage.columns(self.num_classes).items()
+        return {name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (width, dtype) in columns}
+
+    def __len__(self) -> int:
+        return len(self.columns["logits"]) - 1
 
     def grow(self, num_samples: int) -> None:
         """Make room for at least `num_samples`."""
-        held = self.logits.shape[0] - 1
-        if num_samples > held:
-            extra = self.logits.new_zeros(num_samples - held, self.logits.shape[1])
-            self.logits = torch.cat([self.logits[:-1], extra, self.logits[-1:]])
-            if self._mine is not None:
-                self._mine = torch.cat([self._mine[:-1], self._mine.new_zeros(len(extra)), self._mine[-1:]])
+        held, device = len(self), self.columns["logits"].device
+        if num_samples <= held:
+            return
+        bigger = self._zeros(num_samples + 1, device)
+        for name, column in self.columns.items():
+            bigger[name][:held] = column[:-1]
+        self.columns = bigger
+        if self._mine is not None:
+            mine, self._mine = self._mine, self._nobodys()
+            self._mine[:held] = mine[:-1]
 
-    def stored(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """ŷ_{t−1} of a batch, (b, C)."""
-        return self.logits[index].to(dtype)
+    def stored(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """ŷ_{t−1} of a batch, (b, C), and the mean square of each sample's, (b,), 0 where there is none."""
+        rows = {name: column[index] for name, column in self.columns.items()}
+        return self.storage.decode(rows, self.num_classes, dtype)
 
-    def update(
-        self, index: Tensor, logits: Tensor, stored: Tensor, keep: Tensor, mean_square: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, row: Tensor, logits: Tensor, stored: Tensor, mean_square: Tensor) -> Tensor:
         """One step of Eq. 7 for a batch.
 
         **Arguments:**
 
-        - `index`: (b,). `logits`: f(x) (b, C). `stored`: from `stored()`. `keep`: (b,) bool, the others leave no trace.
+        - `row`: (b,) indices, -1 for what must leave no trace. `logits`: f(x) (b, C). `stored`: from `stored()`.
         - `mean_square`: (), of `stored` over all processes.
 
-        **Returns:** the pseudo-labels (b, C) from before the step, and (b,) bool, whether there were any.
+        **Returns:** the pseudo-labels (b, C) from before the step.
         """
         target, new = relabel(
             stored, logits, momentum=self.momentum, temperature=self.temperature, mean_square=mean_square
         )
-        limit = torch.finfo(self.logits.dtype).max
-        row = torch.where(keep, index, self.logits.shape[0] - 1)
-        self.logits[row] = new.clamp(-limit, limit).half()
+        for name, values in self.storage.encode(new).items():
+            self.columns[name][row] = values
         if world_size() > 1:
             if self._mine is None:
                 self._mine = self._nobodys()
             self._mine[row] = True
-        return target, stored.ne(0).any(1)
+        return target
 
-    def consolidate(self, chunk: int = 2**24) -> None:
+    def consolidate(self) -> None:
         """Brings the newest values of all processes together."""
         if self._mine is None:
             self._mine = self._nobodys()
-        held, classes = self.logits.shape[0] - 1, self.logits.shape[1]
-        rows = max(1, chunk // classes)
-        for start in range(0, held, rows):
-            part = slice(start, min(start + rows, held))
-            values, mine = self.logits[part], self._mine[part, None]
-            sent = torch.cat([torch.where(mine, values, 0), mine.half()], dim=1)
-            merged = sum_in_place(sent)  # exact: of all processes one at most adds something to zeros
-            values.copy_(torch.where(merged[:, classes:] > 0, merged[:, :classes], values))
+        rows = max(1, _CHUNK // self.num_classes)
+        for start in range(0, len(self), rows):
+            part = slice(start, min(start + rows, len(self)))
+            mine = self._mine[part, None]
+            renewed = sum_in_place(mine.to(torch.uint8)) > 0
+            for column in self.columns.values():
+                held = column[part].view(torch.uint8)
+                sent = sum_in_place(torch.where(mine, held, 0))  # exact: one at most adds something to zeros
+                held.copy_(torch.where(renewed, sent, held))
         self._mine.zero_()
 
     def _nobodys(self) -> Tensor:
-        return torch.zeros(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        return torch.zeros(len(self) + 1, dtype=torch.bool, device=self.columns["logits"].device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """ŷ without the spare row."""
-        return {"logits": self.logits[:-1].clone()}
+    def state_dict(self) -> dict[str, Any]:
+        """The columns without the spare row."""
+        return {name: column[:-1].clone() for name, column in self.columns.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes ŷ back."""
-        self.logits[:-1] = state["logits"]
+        for name, column in self.columns.items():
+            column[:-1] = state[name]
 
     def to(self, device: torch.device) -> None:
         """Moves the store."""
-        self.logits = self.logits.to(device)
+        self.columns = {name: column.to(device) for name, column in self.columns.items()}
         self._mine = None if self._mine is None else self._mine.to(device)

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from . import distributed, functional
 from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems
 from .config import FSRConfig
-from .heads import Batch, Capture, FunctionalStep, Head, LinearStep, MetaStep, Reward, Tap, meta_dtype
+from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
 from .memory import Memory
 from .pushers import Pusher, Visit
+from .tap import Capture, Tap
 
 
 @dataclass
@@ -162,14 +163,15 @@ class Reweighting:
                 "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
                 "was compiled, wrap it before its first call."
             )
-        inputs = pytree.tree_leaves((capture.args, capture.kwargs))
-        if mix is not None and not any(_same(leaf, mix.mixed) for leaf in inputs):
+        if mix is not None and not any(_same(leaf, mix.mixed) for leaf in _leaves(capture)):
             raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
         if self.memory.ready:
             self.memory.dictionary.check_payload(self._payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
         rows = self.memory.num_samples or INDEX_LIMIT
-        good = all_good(logits, capture.features, target, label, index, rows)
+        # A linear head's logits cannot be finite where its input is not.
+        told = self.head.is_linear and capture.output.data_ptr() == logits.data_ptr()
+        good = all_good(logits, None if told else capture.features, target, label, index, rows)
         if not good:
             valid = self._look_closer(logits, capture, target, label, index, rows)
         if not self._checked:
@@ -181,9 +183,7 @@ class Reweighting:
         logits = torch.where(valid[:, None], logits, 0)
         hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
         soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
-        soft = functional.dense_target(soft, logits, self.config.label_smoothing) * valid[:, None]
-        features = capture.features
-        features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)
+        features, soft = _masked(valid, capture.features, soft, self.config.label_smoothing)
         kept = replace(capture, features=features)
         return _Accepted(logits, soft, label, index, kept, mix, valid, given, capture)
 
@@ -223,58 +223,73 @@ class Reweighting:
         smoothing = config.label_smoothing if batch.valid is None else 0.0  # masked targets are smooth already
         logits = batch.logits.to(dtype)
         target = batch.target if batch.target.ndim == 1 else batch.target.to(dtype)
-        losses = functional.cross_entropy(logits, target, smoothing)
         decision = next(self._replayed, None)
         size = 0
         if decision is None:
-            with torch.no_grad(), torch.autocast(logits.device.type, enabled=False), self._tap.mute():
-                features = self.head.features(batch.capture.features, dtype)
-                at_head = Batch(features, logits.detach(), target.detach(), smoothing)
-                decision = self._decide(batch, at_head, losses.detach())
+            with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute():
+                decision = self._decide(batch, logits.detach(), target.detach(), smoothing)
             size = decision.size
             if self._recorded is not None:
                 self._recorded.append(decision)
-        loss = (decision.weights * losses).sum()  # no dot product: autocast would take it for a matrix product
-        if decision.pseudo is not None and decision.share is not None:
-            loss = loss + (decision.share * functional.cross_entropy(logits, decision.pseudo)).sum()
+        # Σ ω_i ℓ_i + Σ s_i CE(ŷ_i) is one cross-entropy, with the targets ω_i y_i + s_i ŷ_i.
+        weights = decision.weights[:, None]
+        if decision.pseudo is None or decision.share is None:
+            blend = torch.zeros_like(logits)
+        else:
+            blend = decision.pseudo * decision.share[:, None]
+        if target.ndim == 1 and not smoothing:
+            blend = blend.scatter_add_(1, target[:, None], weights)
+        else:
+            blend = torch.addcmul(blend, functional.dense_target(target, blend, smoothing), weights)
+        loss = functional.cross_entropy(logits, blend, reduction="sum")
         world = distributed.world_size()
         return loss if world == 1 else loss * world, size
 
-    def _decide(self, batch: _Accepted, at_head: Batch, losses: Tensor) -> _Decision:
+    def _decide(self, batch: _Accepted, logits: Tensor, target: Tensor, smoothing: float) -> _Decision:
         """Weights of the samples, their pseudo-labels, how much each of these counts; updates what FSR knows."""
         memory, active, valid = self.memory, self.is_active, batch.valid
-        new = ~memory.table.visited(batch.index, memory.epoch)
-        index = batch.index
+        losses, residual = functional.losses_and_residual(logits, target, smoothing)
+        features = self.head.features(batch.capture.features, logits.dtype)
+        at_head = Batch(features, target, residual, smoothing)
+        index, new = batch.index, memory.table.is_new(batch.index, memory.epoch)
         if valid is not None:
             new, index = new & valid, torch.where(valid, index, -1)
         clean = self._clean(batch)
-        clean_features = self.head.features(clean.features, losses.dtype)
-        clean_logits = at_head.logits if batch.mix is None else clean.output.to(losses.dtype)
-        stored = None if memory.pseudo is None else memory.pseudo.stored(batch.index, losses.dtype)
+        clean_logits = logits if batch.mix is None else clean.output.to(logits.dtype)
+        stored = squares = None
+        if memory.pseudo is not None:
+            stored, squares = memory.pseudo.stored(batch.index, logits.dtype)
 
-        step, counts, mean_square = self._look_ahead(at_head, stored, new, active or self._pusher.needs_lookahead)
+        step, counts, mean_square = self._look_ahead(at_head, squares, new, active or self._pusher.needs_lookahead)
         size = sum(counts)
-        scores: Tensor | None = None
-        reward_loss, skipped = losses.new_zeros(()), losses.new_zeros(())
+        scores = reward_loss = skipped = None
         if active and step is not None:
-            scores, reward_loss, skipped = self._scores(step, batch, losses.dtype)
-            scores = self.config.weight_lr * scores
+            scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
+            if self.config.weight_lr != 1:
+                scores = self.config.weight_lr * scores
             if valid is not None:
                 scores = torch.where(valid, scores, 0)
-        rule = "uniform" if scores is None else self.config.weight_rule
-        scores = losses if scores is None else scores
-        ahead = step.logits(clean_features, clean_logits) if step is not None and self._pusher.needs_lookahead else None
+        ahead = None
+        if step is not None and self._pusher.needs_lookahead:
+            ahead = step.logits(
+                features if batch.mix is None else self.head.features(clean.features, logits.dtype), clean_logits
+            )
         score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
 
+        rule = "uniform" if scores is None else self.config.weight_rule
+        unnormalized, sums = _unnormalized(rule, losses if scores is None else scores, valid)
         mine, length = (index, batch.label, score), max(counts)
-        sums, (index, label, score) = distributed.gather(_sums(rule, scores, valid), mine, length)
-        weights = self._weigh(rule, scores, valid, size, sums)
-        offset = distributed.rank() * length
-        momentum = memory.visit(index, label, score, self._payload(clean), offset)[offset : offset + len(losses)]
+        sums, (index, label, score) = distributed.gather(sums, mine, length)
+        weights = self._normalize(rule, unnormalized, valid, size, sums)
+        alone, offset = len(counts) == 1, distributed.rank() * length
+        payload = self._payload(clean)
+        row = memory.visit(index, label, score, payload, offset=offset, new=new if alone else None)
         pseudo = share = None
-        if memory.pseudo is not None and stored is not None and mean_square is not None:
-            pseudo, seen = memory.pseudo.update(batch.index, clean_logits, stored, momentum > -torch.inf, mean_square)
-            seen = seen & new
+        if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
+            if not alone:
+                row = row[offset : offset + len(losses)]
+            pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square)
+            seen = (squares > 0) & new
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
                 seen = seen & seen[batch.mix.partner]
@@ -282,7 +297,7 @@ class Reweighting:
 
         self.weights = weights
         if len(losses):
-            bad = 0.0 if valid is None else (~valid).sum()
+            bad = None if valid is None else (~valid).sum()
             memory.count(weights, losses, size, reward_loss=reward_loss, skipped_samples=bad, skipped_reward=skipped)
         return _Decision(weights, pseudo, share, size)
 
@@ -315,15 +330,15 @@ class Reweighting:
         """What the dictionary stores of a batch: the head's input, or the model's."""
         if self._keeps_features:
             return (capture.features,)
-        leaves = pytree.tree_leaves((capture.args, capture.kwargs))
-        return tuple(leaf.detach() for leaf in leaves if _is_batched(leaf, len(capture.features)))
+        return tuple(leaf.detach() for leaf in _leaves(capture) if _is_batched(leaf, len(capture.features)))
 
-    def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor]:
+    def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor | None]:
         """This process's part of the reward batch, and how many samples were left out of it because of NaN or inf."""
         config, capture = self.config, batch.capture
-        drawn = self.memory.dictionary.draw(config.reward_batch_size, self.memory.generator(0))
-        part = slice(distributed.rank(), None, distributed.world_size())
-        payload, label = [tensor[part] for tensor in drawn.payload], drawn.label[part]
+        label, payload = self.memory.reward_batch()
+        if distributed.world_size() > 1:
+            part = slice(distributed.rank(), None, distributed.world_size())
+            label, payload = label[part], tuple(tensor[part] for tensor in payload)
         if self._keeps_features:
             features = payload[0]
         else:
@@ -335,20 +350,19 @@ class Reweighting:
         features = self.head.features(features, dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
         if features.device.type == "cpu" and math.isfinite(features.sum().item()):
-            return reward, features.new_zeros(())
+            return reward, None
         finite = features.flatten(1).float().sum(1).isfinite()
-        features = torch.where(finite.view(-1, *[1] * (features.ndim - 1)), features, 0)
-        dense = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
-        soft = functional.dense_target(dense, dense, config.label_smoothing) * finite[:, None]
+        soft = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
+        features, soft = _masked(finite, features, soft, config.label_smoothing)
         return replace(reward, features=features, target=soft, label_smoothing=0.0), (~finite).sum()
 
-    def _scores(self, step: MetaStep, batch: _Accepted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _scores(self, step: MetaStep, batch: _Accepted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores of the batch, this process's part of the reward loss, and how many reward samples were left out."""
         memory, every = self.memory, self.config.reward_every
-        if every == 1 or not isinstance(step, FunctionalStep):
+        if every == 1 or not isinstance(step, GradientStep):
             reward, skipped = self._reward(batch, dtype)
             return *step.scores(reward), skipped
-        skipped = batch.logits.new_zeros(())
+        skipped = None
         if memory.gradient_age % every == 0:
             reward, skipped = self._reward(batch, dtype)
             gradient, loss = step.reward_gradient(reward)
@@ -359,57 +373,87 @@ class Reweighting:
         return step.scores_along(gradient), loss, skipped
 
     def _look_ahead(
-        self, batch: Batch, stored: Tensor | None, new: Tensor, needed: bool
+        self, batch: Batch, squares: Tensor | None, new: Tensor, needed: bool
     ) -> tuple[MetaStep | None, list[int], Tensor | None]:
         """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
 
         Several processes wait for the device here, to know how much there is to exchange.
         """
-        lr, here, world = self.config.lookahead_lr, len(batch.logits), distributed.world_size()
-        known = new.to(batch.logits.dtype)
-        sums = {} if stored is None else {"/square": known @ stored.square().mean(1), "/new": known.sum()}
-        if world == 1 and self.head.is_linear and self.config.reward_every == 1:
-            step: MetaStep | None = LinearStep(self.head, batch, lr) if needed else None
-            counts = [here]
-        else:
-            gradient: dict[str, Tensor] = {}
-            if needed and lr:
-                params, smoothing = self.head.params(batch.logits.dtype), batch.label_smoothing
-                gradient, _ = self.head.gradient(params, batch.features, batch.target, label_smoothing=smoothing)
-            of_each = batch.logits.new_zeros(world)
+        head, lr, here, world = self.head, self.config.lookahead_lr, len(batch.residual), distributed.world_size()
+        dtype = batch.residual.dtype
+        total: dict[str, Tensor] = {}
+        if squares is not None:
+            known = new.to(dtype)
+            total = {"/square": known @ squares, "/new": known.sum()}
+        params = head.params(dtype) if needed else {}
+        # Inner products of features are the cheaper form where there are more classes than about half as many reward
+        # samples; the choice must be the same in all processes, so it does not depend on b.
+        many_classes = 2 * batch.residual.shape[1] > self.config.reward_batch_size
+        simple = head.is_linear and self.config.reward_every == 1
+        by_kernel = simple and many_classes
+        compiled = simple and self.config.compile and world == 1 and not self._pusher.needs_lookahead
+        if needed and lr and not (by_kernel or compiled):
+            total |= head.batch_gradient(params, batch)
+        counts = [here]
+        if world > 1:
+            of_each = batch.residual.new_zeros(world)
             of_each[distributed.rank()] = here
-            total = distributed.sum_all({**gradient, **sums, "/counts": of_each})
-            sums = {name: total.pop(name) for name in sums}
-            counts = [int(count) for count in total.pop("/counts").tolist()] if world > 1 else [here]
-            step = FunctionalStep(self.head, batch, lr, total, sum(counts), distributed.sum_all) if needed else None
-        return step, counts, sums["/square"] / sums["/new"].clamp(min=1) if sums else None
+            total = distributed.sum_all({**total, "/counts": of_each})
+            counts = [int(count) for count in total["/counts"].tolist()]
+        step: MetaStep | None = None
+        if needed and compiled:
+            step = CompiledStep(batch, lr, params)
+        elif needed and by_kernel:
+            step = KernelStep(head, batch, lr, params, sum(counts), max(counts))
+        elif needed:
+            step = GradientStep(head, batch, lr, params, total, sum(counts))
+        return step, counts, total["/square"] / total["/new"].clamp(min=1) if squares is not None else None
 
-    def _weigh(self, rule: str, scores: Tensor, valid: Tensor | None, size: int, sums: Tensor) -> Tensor:
-        """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: `_sums` of each, (W, k)."""
-        uniform = torch.ones_like(scores) / size if valid is None else valid.to(scores.dtype) / size
+    def _normalize(self, rule: str, unnormalized: Tensor, valid: Tensor | None, size: int, sums: Tensor) -> Tensor:
+        """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: of each process, (W, k)."""
         if rule == "uniform":
-            return uniform
+            return unnormalized / size
         if rule == "clip":
-            unnormalized, total = functional.clip_weights(scores), sums.sum()
+            total = sums.sum()
         else:
             minimum, count = sums[:, 0].amin(), sums[:, 2].sum()
-            unnormalized = functional.shift_weights(scores, minimum, size) * (1 if valid is None else valid)
+            unnormalized = functional.shift_weights(unnormalized, minimum, size) * (1 if valid is None else valid)
             total = sums[:, 1].sum() - count * minimum + count / size
-        weights = functional.normalize_weights(unnormalized, total).to(scores.dtype)
-        weights = torch.where(total - total == 0, weights, uniform)  # an infinite reward gradient: plain training
+        weights = functional.normalize_weights(unnormalized, total).to(unnormalized.dtype)
+        if total.device.type != "cpu" or not math.isfinite(total.item()):  # infinite reward gradient: plain training
+            uniform = torch.ones_like(weights) / size if valid is None else valid.to(weights.dtype) / size
+            weights = torch.where(total - total == 0, weights, uniform)
         return weights if self.config.max_weight is None else weights.clamp(max=self.config.max_weight / size)
 
 
-def _sums(rule: str, scores: Tensor, valid: Tensor | None) -> Tensor:
-    """What the other processes must know of this one's scores to normalise the weights, (k,)."""
+def _unnormalized(rule: str, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """u of each sample, (b,) (under "shift" the scores as they are), and what the other processes must know of them to
+    normalise, (k,)."""
     if rule == "clip":
-        return functional.clip_weights(scores).sum()[None]
+        weights = functional.clip_weights(scores)
+        return weights, weights.sum()[None]
     if rule == "shift":
         bounded = scores if valid is None else torch.where(valid, scores, torch.inf)
         lowest = bounded.amin() if len(scores) else scores.new_tensor(torch.inf)
         count = scores.new_tensor(float(len(scores))) if valid is None else valid.sum().to(scores.dtype)
-        return torch.stack([lowest, scores.sum(), count])
-    return scores.new_zeros(0)
+        return scores, torch.stack([lowest, scores.sum(), count])
+    return torch.ones_like(scores) if valid is None else valid.to(scores.dtype), scores.new_zeros(0)
+
+
+def _masked(valid: Tensor, features: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Features (n, ...) and dense targets (n, C), smoothed, with zeros for the samples that are not valid."""
+    features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)
+    return features, functional.dense_target(target, target, label_smoothing) * valid[:, None]
+
+
+def _autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Autocast off within; entering nothing where it is off, which takes less time."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _leaves(capture: Capture) -> list[Any]:
+    """The model's inputs, in their order."""
+    return pytree.tree_leaves((capture.args, capture.kwargs))
 
 
 @contextmanager

@@ -230,7 +230,7 @@ class FSRWrapper(Optimizer):
         memory = self._memory
         if not memory.ready:
             return {}
-        sums, steps = memory.sums.tolist(), max(memory.steps, 1)
+        sums, steps = memory.counted().tolist(), max(memory.steps, 1)
         memory.sums.zero_()
         memory.steps = 0
         out = {f"fsr/{name}": value / steps for name, value in zip(METRICS, sums, strict=True)}

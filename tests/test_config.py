@@ -31,10 +31,12 @@ WRONG = {
     "relabel_weight": NOT_NEGATIVE,
     "relabel_momentum": BELOW_ONE,
     "relabel_temperature": POSITIVE,
+    "relabel_storage": ('"float16", "int8" or an integer >= 1', ["float32", 0, -1, 2.0, True, None]),
     "label_smoothing": BELOW_ONE,
     "mixup_beta": POSITIVE,
     "max_weight": ("None or a number >= 1", [0.5, 0, -2, NAN, INF, "2", True]),
     "nonfinite": ('"raise" or "skip"', ["ignore", None, False]),
+    "compile": ("True or False", [1, "inductor", None]),
     "seed": NATURAL,
 }
 RIGHT = {
@@ -46,6 +48,7 @@ RIGHT = {
     "relabel_weight": [0, 2],
     "lookahead_lr": [0, 0.5],
     "relabel_momentum": [0],
+    "relabel_storage": ["float16", "int8", 1, 20],
     "label_smoothing": [0, 0.5],
     "max_weight": [None, 1, 10.5],
     "pusher": ["negative_loss", NegativeLoss()],

@@ -100,7 +100,7 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
     draw = fsr.dictionary.draw(40, torch.Generator().manual_seed(0))
     parameters = [distributed.whole(parameter.detach()).flatten() for parameter in core.parameters()]
     out = {"parameters": torch.cat(parameters), "scores": state["table"]["score"]}
-    out |= {"labels": state["table"]["label"], "last_epoch": state["table"]["epoch"], "epoch": fsr.epoch}
+    out |= {"last_epoch": state["table"]["epoch"], "epoch": fsr.epoch}
     out |= {"members": fsr.dictionary.index, "payload": draw.payload[0], "momentum": fsr.dictionary.score}
     return out | ({"pseudo": state["pseudo"]["logits"]} if "pseudo" in state else {})
 
@@ -123,10 +123,13 @@ CASES = [
     ({"reward": "fresh", "pusher": "meta_margin"}, False),
     ({"weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}, True),
     ({"num_samples": None, "dictionary_size": 10}, True),
+    # Inner products in place of the head's gradient, since there are few reward samples.
+    ({"reward_batch_size": 13, "pusher": "meta_margin", "relabel_storage": 3}, False),
+    ({"reward_batch_size": 13, "relabel_storage": "int8"}, False),
 ]
 
 
-@pytest.mark.parametrize(("world", "case"), [(2, 0), (4, 0), (4, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize(("world", "case"), [(2, 0), (4, 0), (4, 1), (2, 2), (4, 3), (4, 4), (2, 5)])
 def test_equal_on_any_number_of_processes(world: int, case: int) -> None:
     options, mlp_head = CASES[case]
     batches = global_batches()
@@ -151,7 +154,7 @@ def test_a_repeated_sample_counts_once() -> None:
         fsr.end_epoch()
         outcomes.append(outcome(core, fsr))
     assert outcomes[0]["epoch"] == 1
-    for name in ("scores", "labels", "members", "momentum", "pseudo"):
+    for name in ("scores", "members", "momentum", "pseudo"):
         assert_close(outcomes[0][name], outcomes[1][name], 1e-6)
 
 
@@ -387,6 +390,16 @@ def test_at_most_three_small_collectives_a_step(options: State) -> None:
         assert len(counts) <= 3
         assert max(counts) <= max(head, 2 * 3 * rows) + 16
     assert len(first["counts"][-1]) == 3
+
+
+def test_many_classes_send_no_gradient_of_the_head() -> None:
+    """With more classes than half of the reward samples features and residuals are gathered in the gradients' place."""
+    first, second = run(2, count_collectives, {"reward_batch_size": 18})
+    assert first == second
+    rows = BATCH // 2
+    sent = first["counts"][-1]
+    assert sent[1:3] == [2 * rows * (32 + CLASSES), 18 * (32 + CLASSES)]
+    assert len(sent) == 4
 
 
 def growing_batches() -> State:

@@ -92,15 +92,17 @@ def test_equals_double_backward(which: str, lookahead: float, monkeypatch: pytes
     model, fsr, x, y = make(head, lookahead_lr=lookahead)
     names = [name for name, _ in model.named_parameters() if chosen(name)]
     drawn: list[Any] = []
-    draw = fsr.dictionary.draw
-    monkeypatch.setattr(fsr.dictionary, "draw", lambda *args: drawn.append(draw(*args)) or drawn[0])
+    draw = fsr._memory.reward_batch
+    monkeypatch.setattr(fsr._memory, "reward_batch", lambda: drawn.append(draw()) or drawn[0])
     index = torch.arange(5, 5 + B)
     before = [buffer.clone() for buffer in model.buffers()]
     logits = model(x[index])
     after_forward = [buffer.clone() for buffer in model.buffers()]
     fsr.loss(logits, y[index], index)
-    reward = drawn[0].payload[0], drawn[0].label
-    assert_close(reward[0], x[drawn[0].index], 0.0)  # the inputs themselves
+    label, (inputs,) = drawn[0]
+    reward, plan = (inputs, label), fsr._memory.plan
+    assert plan is not None
+    assert_close(inputs, x[fsr.dictionary.slots[plan[0, 0]]], 0.0)  # the inputs themselves
     eta, at = (lookahead, 1 / B) if lookahead else (1.0, 0.0)
     scores = double_backward(model, names, (x[index], y[index]), reward, eta, at)
     expected = scores.clamp(min=0)

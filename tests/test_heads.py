@@ -11,7 +11,8 @@ from helpers import assert_close
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-from fsr_wrap.heads import Capture, Head, Tap, resolve_head, unwrap
+from fsr_wrap.heads import Head, resolve_head, unwrap
+from fsr_wrap.tap import Capture, Tap
 
 
 class Net(nn.Module):

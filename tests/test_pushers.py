@@ -58,31 +58,29 @@ def test_first_visit():
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def visit_all(table, index, score, epoch=0, label=None):
-    index, score = torch.tensor(index), torch.tensor(score)
-    label = torch.zeros_like(index) if label is None else torch.tensor(label)
-    return table.update(index, score, label, epoch).tolist()
+def visit_all(table, index, score, epoch=0):
+    rows, kept = table.update(torch.tensor(index), torch.tensor(score), epoch)
+    assert rows.tolist() == [i if p > -math.inf else -1 for i, p in zip(index, kept.tolist(), strict=True)]
+    return kept.tolist()
 
 
 def test_first_visit_takes_the_score_and_later_ones_average():
     table = ScoreTable(3, momentum=0.75)
-    assert visit_all(table, [2, 0], [4.0, -8.0], epoch=0, label=[1, 6]) == [4.0, -8.0]
-    assert visit_all(table, [2], [8.0], epoch=1, label=[1]) == [0.75 * 4 + 0.25 * 8]
-    assert visit_all(table, [2], [1.0], epoch=2, label=[1]) == [0.75 * 5 + 0.25 * 1]
+    assert visit_all(table, [2, 0], [4.0, -8.0], epoch=0) == [4.0, -8.0]
+    assert visit_all(table, [2], [8.0], epoch=1) == [0.75 * 4 + 0.25 * 8]
+    assert visit_all(table, [2], [1.0], epoch=2) == [0.75 * 5 + 0.25 * 1]
     state = table.state_dict()
     assert_close(state["score"], torch.tensor([-8.0, math.nan, 4.0]))
-    assert state["label"].tolist() == [6, -1, 1]
     assert state["epoch"].tolist() == [0, -1, 2]
 
 
 def test_a_sample_counts_once_an_epoch_at_its_first_visit():
     table = ScoreTable(4, momentum=0.5)
     assert visit_all(table, [1], [8.0]) == [8.0]
-    first = visit_all(table, [1, 3, 1], [100.0, 2.0, 4.0], epoch=1, label=[5, 2, 3])
+    first = visit_all(table, [1, 3, 1], [100.0, 2.0, 4.0], epoch=1)
     assert first == [54.0, 2.0, -math.inf]
-    assert table.visited(torch.tensor([0, 1, 2, 3]), 1).tolist() == [False, True, False, True]
-    assert visit_all(table, [3, 0], [9.0, 9.0], epoch=1, label=[6, 6]) == [-math.inf, 9.0]
-    assert table.state_dict()["label"].tolist() == [6, 5, -1, 2]
+    assert table.is_new(torch.tensor([0, 1, 2, 3]), 1).tolist() == [True, False, True, False]
+    assert visit_all(table, [3, 0], [9.0, 9.0], epoch=1) == [-math.inf, 9.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -90,8 +88,8 @@ def test_what_is_not_finite_or_has_no_index_leaves_no_trace(bad):
     table = ScoreTable(4, momentum=0.5)
     visit_all(table, [0], [1.0])
     before = table.state_dict()
-    assert visit_all(table, [0, 1], [bad, bad], epoch=1, label=[2, 2]) == [-math.inf] * 2
-    assert visit_all(table, [-1, -1], [5.0, 5.0], epoch=1, label=[2, 2]) == [-math.inf] * 2
+    assert visit_all(table, [0, 1], [bad, bad], epoch=1) == [-math.inf] * 2
+    assert visit_all(table, [-1, -1], [5.0, 5.0], epoch=1) == [-math.inf] * 2
     assert_close(table.state_dict(), before, 0.0)
     assert visit_all(table, [0, 0, 1], [bad, 2.0, 2.0], epoch=1) == [-math.inf, 1.5, 2.0]
 
@@ -104,19 +102,19 @@ def test_the_table_against_a_dict_over_many_batches(data):
     for epoch in range(data.draw(st.integers(1, 4))):
         for _ in range(data.draw(st.integers(0, 4))):
             number = st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])
-            rows = data.draw(st.lists(st.tuples(st.integers(-1, samples - 1), number, st.integers(0, 4)), max_size=9))
-            index, score, label = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
-            kept = table.update(torch.tensor(index).long(), torch.tensor(score), torch.tensor(label).long(), epoch)
-            for (i, p, y), momentary in zip(rows, kept.tolist(), strict=True):
-                if i < 0 or not math.isfinite(p) or (i in twin and twin[i][2] == epoch):
+            rows = data.draw(st.lists(st.tuples(st.integers(-1, samples - 1), number), max_size=9))
+            index, score = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [])
+            _, kept = table.update(torch.tensor(index).long(), torch.tensor(score), epoch)
+            for (i, p), momentary in zip(rows, kept.tolist(), strict=True):
+                if i < 0 or not math.isfinite(p) or (i in twin and twin[i][1] == epoch):
                     assert momentary == -math.inf
                     continue
                 old = twin[i][0] if i in twin else p
-                twin[i] = (momentum * old + (1 - momentum) * p, y, epoch)
+                twin[i] = (momentum * old + (1 - momentum) * p, epoch)
                 assert momentary == pytest.approx(twin[i][0], rel=1e-5, abs=1e-2)
-    missing = (math.nan, -1, -1)
+    missing = (math.nan, -1)
     columns = zip(*[twin.get(i, missing) for i in range(samples)], strict=True)
-    expected = {name: torch.tensor(column) for name, column in zip(("score", "label", "epoch"), columns, strict=True)}
+    expected = {name: torch.tensor(column) for name, column in zip(("score", "epoch"), columns, strict=True)}
     state = table.state_dict()
     assert_close(state.pop("score"), expected.pop("score"), 1e-2)
     assert_close(state, expected, 0.0)
@@ -124,25 +122,25 @@ def test_the_table_against_a_dict_over_many_batches(data):
 
 def test_double_scores_are_kept_as_float():
     table = ScoreTable(2, 0.5)
-    out = table.update(torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64), torch.tensor([0]), 0)
+    _, out = table.update(torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64), 0)
     assert table.score.dtype == torch.float32
     assert_close(out, torch.tensor([0.1]))
 
 
 def test_the_spare_row_is_not_seen():
     table = ScoreTable(3, 0.5)
-    visit_all(table, [0, -1], [math.nan, 7.0], label=[4, 4])
+    visit_all(table, [0, -1], [math.nan, 7.0])
     assert table.num_samples == 3
     assert all(len(column) == 3 for column in table.state_dict().values())
     table.grow(5)
     assert table.state_dict()["score"].isnan().all()
-    assert (table.state_dict()["label"] == -1).all()
+    assert (table.state_dict()["epoch"] == -1).all()
 
 
 @pytest.mark.parametrize("held", [1, 3, 100])
 def test_grow_keeps_what_was_there(held):
     table = ScoreTable(held, 0.5)
-    visit_all(table, [held - 1, 0], [1.0, 3.0], epoch=4, label=[7, 7])
+    visit_all(table, [held - 1, 0], [1.0, 3.0], epoch=4)
     before = table.state_dict()
     table.grow(held)
     assert table.num_samples == held
@@ -173,7 +171,7 @@ def test_there_is_no_last_epoch():
 
 def test_state_round_trip():
     table = ScoreTable(4, 0.5)
-    visit_all(table, [1, 2], [1.0, 2.0], label=[3, 4])
+    visit_all(table, [1, 2], [1.0, 2.0])
     state = table.state_dict()
     copy = ScoreTable(4, 0.5)
     copy.load_state_dict(state)

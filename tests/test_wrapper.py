@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,9 +224,10 @@ def test_warmup_is_plain_cross_entropy() -> None:
 
 @pytest.mark.parametrize("rule", ["clip", "shift"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weights_equal_double_backward(rule: str, smoothing: float) -> None:
+@pytest.mark.parametrize("size", [10, 40])  # of few reward samples the inner products are the cheaper form
+def test_weights_equal_double_backward(rule: str, smoothing: float, size: int) -> None:
     """One step of the wrapper against the look-ahead written out with second-order gradients, in float64."""
-    options = {"weight_rule": rule, "label_smoothing": smoothing, "reward_batch_size": 40}
+    options = {"weight_rule": rule, "label_smoothing": smoothing, "reward_batch_size": size}
     model, fsr = make(relabel_weight=0.0, warmup_epochs=0, **options)
     model.double()
     x, y, _ = digits(0.4)
@@ -233,8 +235,8 @@ def test_weights_equal_double_backward(rule: str, smoothing: float) -> None:
     for index in torch.arange(N).split(50):
         step(model, fsr, x[index], y[index], index)
     drawn: list[Any] = []
-    draw = fsr.dictionary.draw
-    fsr.dictionary.draw = lambda *args: drawn.append(draw(*args)) or drawn[-1]  # type: ignore[method-assign]
+    draw = fsr._memory.reward_batch
+    fsr._memory.reward_batch = lambda: drawn.append(draw()) or drawn[-1]  # type: ignore[method-assign]
     index = torch.arange(50)
     logits = model(x[index])
     features = F.relu(model.norm(model.body(x[index]))).detach()
@@ -246,12 +248,36 @@ def test_weights_equal_double_backward(rule: str, smoothing: float) -> None:
     )
     weight, bias = model.fc.weight, model.fc.bias
     gw, gb = torch.autograd.grad((omega * losses).sum(), (weight, bias), create_graph=True)
-    reward = drawn[0]
-    ahead = F.linear(reward.payload[0], weight - 0.1 * gw, bias - 0.1 * gb)
-    reward_loss = F.cross_entropy(ahead, reward.label, label_smoothing=smoothing)
+    label, payload = drawn[0]
+    ahead = F.linear(payload[0], weight - 0.1 * gw, bias - 0.1 * gb)
+    reward_loss = F.cross_entropy(ahead, label, label_smoothing=smoothing)
     score = -torch.autograd.grad(reward_loss, omega)[0]
     u = score.clamp(min=0) if rule == "clip" else score - score.min() + 1 / 50
     torch.testing.assert_close(fsr.weights, u / (u.sum() + 1e-5), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"lookahead_lr": 0.0, "label_smoothing": 0.1}])
+def test_compiled_arithmetic_gives_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and run without a compiler, which not every machine has; the last batch is a short one."""
+    import fsr_wrap.heads
+
+    calls: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(fsr_wrap.heads.torch, "compile", partial(torch.compile, backend=backend))
+    fsr_wrap.heads._compiled_scores.cache_clear()
+    found = []
+    for compiled in (False, True):
+        model, fsr = make(compile=compiled, **options)
+        train(model, fsr, 3, 0.3)
+        found.append((fsr.weights, fsr.metrics()["fsr/reward_loss"]))
+    fsr_wrap.heads._compiled_scores.cache_clear()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert 1 <= len(calls) <= 3  # compiled once, and again for other shapes; not at every step
 
 
 def test_loss_is_weighted_loss_plus_relabelling() -> None:
@@ -340,7 +366,7 @@ def test_two_forwards_then_two_losses() -> None:
 def test_a_batch_of_zero_weights_has_zero_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model, fsr = make(relabel_weight=0.0)
     train(model, fsr, 2)
-    monkeypatch.setattr("fsr_wrap.heads.fsr.linear_meta_gradient", lambda h, *_, **__: -torch.ones(len(h)))
+    monkeypatch.setattr("fsr_wrap.heads.fsr.linear_meta_gradient_along", lambda h, *_, **__: -torch.ones(len(h)))
     x, y, _ = digits()
     fsr.metrics()
     loss = fsr.loss(model(x[:50]), y[:50], torch.arange(50))
@@ -641,7 +667,7 @@ def test_nonfinite_skip_leaves_the_sample_out(linear: bool, rule: str, bad: floa
     assert not torch.equal(fsr.scores[:3], before[:3])
     assert fsr.metrics()["fsr/skipped_samples"] == 1
     assert fsr.scores.isfinite().all()
-    assert 3 not in fsr.dictionary._buffer.index
+    assert all(3 not in entries.index for entries in fsr.dictionary._buffer)
 
 
 def test_nonfinite_skip_keeps_the_gradients_of_an_overflowing_logit_out() -> None:

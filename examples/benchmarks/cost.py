@@ -69,12 +69,12 @@ VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, "FSR cached + MixUp", "FS
 PARTS = {
     "extra forward": ((step.Reweighting, "_replay"),),
     "meta": (
-        *((step.Reweighting, name) for name in ("_look_ahead", "_weigh")),
-        *((kind, name) for kind in (heads.LinearStep, heads.FunctionalStep) for name in ("logits", "scores")),
+        *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
+        *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
     ),
-    "dictionary": tuple((RewardDictionary, name) for name in ("push", "draw", "update")),
+    "dictionary": tuple((RewardDictionary, name) for name in ("push", "plan", "payload", "update")),
     "scores": (
-        *((pushers.ScoreTable, name) for name in ("visited", "update")),
+        *((pushers.ScoreTable, name) for name in ("is_new", "update")),
         *((kind, "__call__") for kind in pushers.PUSHERS.values()),
     ),
     "re-labelling": tuple((relabel.PseudoLabels, name) for name in ("stored", "update")),

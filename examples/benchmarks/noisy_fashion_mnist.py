@@ -6,6 +6,8 @@ The first 20,000 images of a fixed permutation, labels redrawn uniformly from al
 
     python examples/benchmarks/noisy_fashion_mnist.py --data-dir DIR --out fashion.json
 
+With `--pairs` an input is two images side by side, one of 100 classes.
+
 `--data-dir` holds the four gzipped IDX files; without it the data set comes from the Hugging Face hub.
 """
 
@@ -53,6 +55,12 @@ METHODS = {
     "depth-2": Method("FSR, default, Θ^meta = the last 2 layers", {"head": ["6", "7", "9"]}),
     "depth-3": Method("FSR, default, Θ^meta = the last 3 layers", {"head": ["3", "4", "6", "7", "9"]}),
     "depth-4": Method("FSR, default, Θ^meta = the whole network", {"head": "all"}),
+    "depth-4-every-5": Method("the same, G every 5 steps", {"head": "all", "reward_every": 5}),
+    "depth-4-every-20": Method("the same, G every 20 steps", {"head": "all", "reward_every": 20}),
+    "int8": Method("FSR, default, ŷ in int8", {"relabel_storage": "int8"}),
+    "largest-1": Method("FSR, default, the largest value of ŷ", {"relabel_storage": 1}),
+    "largest-3": Method("FSR, default, the 3 largest values of ŷ", {"relabel_storage": 3}),
+    "largest-10": Method("FSR, default, the 10 largest values of ŷ", {"relabel_storage": 10}),
     "default": Method("FSR, default (area under margin + re-labelling, cached)", {}),
 }
 
@@ -106,26 +114,36 @@ def read_images(data_dir: Path | None) -> dict[str, np.ndarray]:
     }
 
 
+def pair(arrays: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
+    """Two images of the split side by side, one of 100 classes; each image comes once on either side."""
+    image, label = arrays[f"{split}_image"], arrays[f"{split}_label"].astype(np.int64)
+    left, right = (np.random.default_rng(side).permutation(len(label)) for side in (1, 2))
+    sides = np.concatenate([image[left].reshape(-1, 784), image[right].reshape(-1, 784)], axis=1)
+    return {f"{split}_image": sides, f"{split}_label": 10 * label[left] + label[right]}
+
+
 def make_data(arrays: dict[str, np.ndarray], noise: float, seed: int) -> Data:
     """The fixed subset, with labels redrawn by `seed` (the true class may be drawn again, as in the released code)."""
-    chosen = np.random.default_rng(0).permutation(60_000)[:TRAIN_SIZE]
-    images = torch.tensor(arrays["train_image"][chosen].reshape(-1, 784) / 255, dtype=torch.float32)
+    length = len(arrays["train_label"])
+    chosen = np.random.default_rng(0).permutation(length)[:TRAIN_SIZE]
+    images = torch.tensor(arrays["train_image"][chosen].reshape(TRAIN_SIZE, -1) / 255, dtype=torch.float32)
     mean, std = images.mean(), images.std()
-    test = torch.tensor(arrays["test_image"].reshape(-1, 784) / 255, dtype=torch.float32)
+    test = torch.tensor(arrays["test_image"].reshape(-1, images.shape[1]) / 255, dtype=torch.float32)
     clean = torch.tensor(arrays["train_label"][chosen].astype(np.int64))
+    classes = int(clean.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     redrawn = torch.rand(TRAIN_SIZE, generator=generator) < noise
-    given = torch.where(redrawn, torch.randint(10, (TRAIN_SIZE,), generator=generator), clean)
+    given = torch.where(redrawn, torch.randint(classes, (TRAIN_SIZE,), generator=generator), clean)
     labels = torch.tensor(arrays["test_label"].astype(np.int64))
     return Data((images - mean) / std, clean, given, (test - mean) / std, labels)
 
 
-def make_model() -> nn.Sequential:
-    """784-256-256-256-10 with BatchNorm and ReLU."""
+def make_model(width: int = 784, classes: int = 10) -> nn.Sequential:
+    """width-256-256-256-classes with BatchNorm and ReLU."""
     layers: list[nn.Module] = []
-    for width in (784, 256, 256):
-        layers += [nn.Linear(width, 256), nn.BatchNorm1d(256), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(256, 10))
+    for size in (width, 256, 256):
+        layers += [nn.Linear(size, 256), nn.BatchNorm1d(256), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(256, classes))
 
 
 def evaluate(model: nn.Module, data: Data) -> float:
@@ -140,7 +158,7 @@ def evaluate(model: nn.Module, data: Data) -> float:
 def train(method: Method, data: Data, seed: int, epochs: int) -> Result:
     """One run from scratch; the time excludes evaluation."""
     torch.manual_seed(seed)
-    model = make_model()
+    model = make_model(data.train.shape[1], int(data.clean.max()) + 1)
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     steps = TRAIN_SIZE // BATCH_SIZE
     scheduler = OneCycleLR(inner, 0.05, epochs=epochs, steps_per_epoch=steps)
@@ -214,9 +232,12 @@ def main() -> None:
     parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"], help="at noise 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--pairs", action="store_true", help="100 classes: two images side by side")
     parser.add_argument("--out", type=Path, help="JSON; runs that are in it already are not run again")
     args = parser.parse_args()
     arrays = read_images(args.data_dir)
+    if args.pairs:
+        arrays = pair(arrays, "train") | pair(arrays, "test")
     results: dict[str, dict[str, list[Result]]] = {}
     if args.out and args.out.exists():  # a run that was cut short goes on
         saved = json.loads(args.out.read_text())["results"]

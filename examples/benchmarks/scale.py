@@ -47,7 +47,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """N, C, |R|, q, d; the exponent of the classes' sizes; the preset that gives the rest, and p."""
+    """N, C, |R|, q, d; the exponent of the classes' sizes; the preset that gives the rest, p, and the form of ŷ."""
 
     samples: int = 100_000
     classes: int = 100
@@ -57,12 +57,15 @@ class Setting:
     zipf: float = 0.0
     preset: str = "cifar_noise"
     relabel: float = 0.0
+    storage: str | int = "float16"
 
 
 INATURALIST = Setting(437_513, 8142, 2000, 350, 2048, 1.0, "inat2018")
 SIZES = {
     "iNaturalist 2018": INATURALIST,
     "iNaturalist 2018, re-labelling": replace(INATURALIST, relabel=1.0),
+    "the same, ŷ in int8": replace(INATURALIST, relabel=1.0, storage="int8"),
+    "the same, the 10 largest of ŷ": replace(INATURALIST, relabel=1.0, storage=10),
     "N = 10⁸, C = 1,000": Setting(10**8, 1000, 5000, 200, 2048, 0.0, "webvision"),
 }
 FACTORS: dict[str, tuple[str, list[int]]] = {
@@ -87,7 +90,9 @@ class Run:
         self.counts[: s.samples - int(self.counts.sum())] += 1
         self.bounds = self.counts.cumsum(0)
         sizes = {"dictionary_size": s.size, "reward_batch_size": s.reward}
-        self.config = FSRConfig.preset(s.preset, **sizes, relabel_weight=s.relabel, warmup_epochs=1)
+        self.config = FSRConfig.preset(
+            s.preset, **sizes, relabel_weight=s.relabel, relabel_storage=s.storage, warmup_epochs=1
+        )
         torch.manual_seed(0)
         self.head = nn.Linear(s.width, s.classes)
         inner = torch.optim.SGD(self.head.parameters(), lr=0.1)
@@ -99,7 +104,7 @@ class Run:
         self.memory = self.fsr._memory
         for start in range(0, s.samples, CHUNK):
             index = torch.arange(start, min(start + CHUNK, s.samples))
-            self.memory.table.update(index, torch.randn(len(index)), self.label(index), epoch=0)
+            self.memory.table.update(index, torch.randn(len(index)), epoch=0)
         for _ in range(2):
             self.end()
             self.step()
@@ -132,7 +137,7 @@ class Run:
         nth = (torch.arange(3 * dictionary.quota)[:, None] + first.long()) % self.counts
         index = (nth + self.bounds - self.counts).flatten()
         score, label = torch.randn(len(index), generator=self.random), self.label(index)
-        self.memory.table.update(index, score, label, self.fsr.epoch)
+        self.memory.table.update(index, score, self.fsr.epoch)
         here = -(-len(index) // distributed.world_size())
         offset = distributed.rank() * here
         payload = torch.randn(1, self.setting.width).expand(len(index[offset : offset + here]), -1)
@@ -153,7 +158,7 @@ class Run:
             "members": len(self.fsr.dictionary),
             "table_bytes": sum(column.nbytes for column in columns),
             "dictionary_bytes": self.fsr.dictionary.nbytes,
-            "pseudo_bytes": 0 if pseudo is None else pseudo.logits.nbytes,
+            "pseudo_bytes": 0 if pseudo is None else sum(column.nbytes for column in pseudo.columns.values()),
             "seconds": {"step": [], "head": [], "end": []},
         }
 
@@ -173,25 +178,23 @@ def measure(
     return results
 
 
-def process(rank: int, world: int, folder: str, rounds: int, ends: int) -> None:
-    """The base setting, in one of several processes."""
+def process(rank: int, world: int, setting: Setting, folder: str, rounds: int, ends: int) -> None:
+    """A setting, in one of several processes."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(minutes=10))
-    result = measure({"base": Setting()}, rounds, ends, time.perf_counter)["base"]
+    result = measure({"": setting}, rounds, ends, time.perf_counter)[""]
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure_processes(rounds: int, ends: int) -> Results:
-    """The base setting in 1, 2, 4 processes."""
-    results = {}
-    for world in PROCESSES[1]:
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(process, (world, folder, rounds, ends), nprocs=world)
-            results[f"{PROCESSES[0]} = {world}"] = json.loads(Path(folder, "0.json").read_text())
-    return results
+def measure_processes(setting: Setting, world: int, rounds: int, ends: int) -> dict[str, Any]:
+    """A setting in several processes, as the first of them sees it."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(process, (world, setting, folder, rounds, ends), nprocs=world)
+        result: dict[str, Any] = json.loads(Path(folder, "0.json").read_text())
+    return result
 
 
 def quartiles(result: dict[str, Any], kind: str) -> list[float]:
@@ -210,7 +213,7 @@ def table(sizes: Results, growth: Results) -> str:
     columns = "step, ms (quartiles) | mean | head alone, ms | epoch's end, ms (upper quartile) |"
     lines = [f"| | table, bytes a sample | dictionary, MB | ŷ, GB | {columns}", "|---" * 8 + "|"]
     for name, r in sizes.items():
-        pseudo = f"{r['pseudo_bytes'] / 1e9:.2f}" if r["relabel"] else f"({2 * r['samples'] * r['classes'] / 1e9:.1f})"
+        pseudo = f"{r['pseudo_bytes'] / 1e9:.3f}" if r["relabel"] else ""
         space = f"{r['table_bytes'] / r['samples']:.2f} | {r['dictionary_bytes'] / 1e6:.0f} | {pseudo}"
         lines.append(f"| {name} | {space} | {times(r)}")
     lines += ["", f"| | {columns}", "|---" * 5 + "|", *(f"| {name} | {times(r)}" for name, r in growth.items())]
@@ -257,7 +260,13 @@ def main() -> None:
     else:
         results = {"torch": torch.__version__, "batch_size": BATCH_SIZE}
         results["sizes"] = measure(SIZES, args.rounds // 4, args.ends)
-        results["growth"] = measure(GROWTH, args.rounds, args.ends) | measure_processes(args.rounds, args.ends)
+        for world in (1, 2):
+            large = measure_processes(INATURALIST, world, args.rounds // 4, args.ends)
+            results["sizes"][f"iNaturalist 2018, {world} process{'es'[: 2 * world - 2]}, wall clock"] = large
+        results["growth"] = measure(GROWTH, args.rounds, args.ends)
+        for world in PROCESSES[1]:
+            base = measure_processes(Setting(), world, args.rounds, args.ends)
+            results["growth"][f"{PROCESSES[0]} = {world}"] = base
     if args.out:
         args.out.write_text(json.dumps(results))
     if args.plot:
