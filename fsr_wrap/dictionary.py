@@ -53,8 +53,6 @@ class _Entries:
 
 
 def _concatenate(parts: list[_Entries]) -> _Entries:
-    if len(parts) == 1:
-        return parts[0]
     names = ("index", "label", "score", "row")
     return _Entries(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -146,7 +144,8 @@ class RewardDictionary:
 
         **Arguments:**
 
-        - `index`, `label`: (b,) integers. `score`: P̂ (b,), −inf for a sample that must not enter.
+        - `index`, `label`: (b,) integers. `score`: P̂ (b,), −inf for a sample that must not enter. They are kept as they
+            are: do not write to them.
         - `payload`: tensors of (n, ...), in the shapes and dtypes of the first push, n = b in one process.
         - `offset`: the position of this process's first sample in the batch.
 
@@ -184,16 +183,20 @@ class RewardDictionary:
             arena.index_copy_(0, mine, tensor.to(arena.dtype))
         if world_size() > 1:
             self._alone[row], self._here[row], self._here[mine] = True, False, True
-        index = torch.where(score > -torch.inf, index, EMPTY)
-        self._buffer.append(_Entries(index, label.clone(), score.to(torch.float32, copy=True), row))
+        self._buffer.append(_Entries(index, label, score.float(), row))
         self._filled += len(index)
 
     def _select(self, carried: _Entries | None = None) -> Tensor:
         """Merges the buffer into the best of the epoch; returns how many of each class there are."""
-        parts = [self._best, *self._buffer] if carried is None else [carried, self._best, *self._buffer]
+        parts = [self._best, self._waiting()] if carried is None else [carried, self._best, self._waiting()]
         self._best, count = top_k_per_class(_concatenate(parts), self.num_classes, self.quota)
         self._clear_buffer([self._members, self._best])
         return count
+
+    def _waiting(self) -> _Entries:
+        """The buffer."""
+        entries = _concatenate([_Entries.empty(0, self.device), *self._buffer])
+        return entries.where(entries.score > -torch.inf)
 
     def _clear_buffer(self, in_use: list[_Entries]) -> None:
         self._buffer, self._filled = [], 0
@@ -221,7 +224,7 @@ class RewardDictionary:
 
     def consolidate(self) -> None:
         """Brings every process the payloads that one process alone has. All processes must call it."""
-        entries = _concatenate([self._members, self._best, *self._buffer])
+        entries = _concatenate([self._members, self._best, self._waiting()])
         rows = entries.row[entries.index != EMPTY]
         rows = rows[self._alone[rows]]
         for arena in self._arena:
@@ -275,8 +278,7 @@ class RewardDictionary:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; loads with `weights_only=True`. Without entries whose payload is elsewhere."""
         elsewhere = self._alone & ~self._here
-        waiting = _concatenate([_Entries.empty(0, self.device), *self._buffer])
-        best, buffer = (entries.where(~elsewhere[entries.row]) for entries in (self._best, waiting))
+        best, buffer = (entries.where(~elsewhere[entries.row]) for entries in (self._best, self._waiting()))
         return {
             "num_classes": self.num_classes,
             "size": self.size,

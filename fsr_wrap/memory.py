@@ -151,7 +151,7 @@ class Memory:
             if self.num_samples is None:
                 self.prepare(index, self.dictionary.num_classes, index.device)
         row, momentum = self.table.update(index, score, self.epoch, new)
-        self.dictionary.push(row, label, momentum, payload, offset=offset)
+        self.dictionary.push(row, label.clone(), momentum, payload, offset=offset)  # the label may be the user's own
         return row
 
     def count(

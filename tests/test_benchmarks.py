@@ -39,12 +39,12 @@ def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fsr.step()
         fsr.zero_grad()
     drawn: list[Any] = []
-    draw = fsr.dictionary.draw
-    monkeypatch.setattr(fsr.dictionary, "draw", lambda *args: drawn.append(draw(*args)) or drawn[0])
+    draw = fsr._memory.reward_batch
+    monkeypatch.setattr(fsr._memory, "reward_batch", lambda: drawn.append(draw()) or drawn[0])
     index = torch.arange(B)
     fsr.loss(model(x[index]), y[index], index)
-    chosen = drawn[0].index
-    batch, reward = (x[index], y[index]), (x[chosen], y[chosen])
+    label, (inputs,) = drawn[0]
+    batch, reward = (x[index], y[index]), (inputs, label)
 
     params = list(model.parameters())
     plain = F.cross_entropy(model(batch[0]), batch[1], reduction="none")

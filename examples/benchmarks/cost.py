@@ -15,6 +15,7 @@ too, all in bfloat16 autocast, and all networks everywhere in channels_last.
 - *Memory.* The peak of ten steps in a fresh process for each variant: of the resident set on a CPU, of
   `torch.cuda.max_memory_allocated` on CUDA. Most of the former is PyTorch itself; so there is also the ratio of what
   exceeds a process that imports the same and builds the data.
+- *Operations.* How many of them PyTorch runs in a forward and backward more than plain training, apart from views.
 - *Split.* Where FSR's time goes, of other steps than those above: functions of the package are replaced by timed ones
   for one more epoch (fewer steps if there are fewer rounds), which themselves take time. Means; a function's time is
   without the timed ones that it calls. *yours* is the user's forward, backward and step, *extra forward* that of the
@@ -46,6 +47,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,14 +65,17 @@ FSR: dict[str, dict[str, Any]] = {
     "FSR fresh": {"reward": "fresh"},
     "FSR cached + MixUp": {"pusher": "authors_margin"},
     "FSR full model": {"head": "all", "lookahead_lr": 0.0},  # L2R's meta-gradient
+    "FSR full model, G every 5 steps": {"head": "all", "lookahead_lr": 0.0, "reward_every": 5},
 }
+AT_ONCE = {"FSR full model, G every 5 steps": 5}  # steps that are timed together, since they differ
 FLOOR, BOTH = "plain + no-grad forward of q", "plain on b + q images"
-VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, "FSR cached + MixUp", "FSR full model", *PEERS, BOTH)
+VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, *list(FSR)[2:], *PEERS, BOTH)
 PARTS = {
     "extra forward": ((step.Reweighting, "_replay"),),
     "meta": (
         *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
         *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
+        *((heads.GradientStep, name) for name in ("reward_gradient", "scores_along")),
     ),
     "dictionary": tuple((RewardDictionary, name) for name in ("push", "plan", "payload", "update")),
     "scores": (
@@ -170,12 +175,36 @@ def measure(network: str, variants: list[str], rounds: int, device: torch.device
         batch = data.batch(START + number)
         for name in random.Random(number).sample(variants, len(variants)):
             synchronize(device)
-            start = time.perf_counter()
-            runs[name].step(*batch)
+            start, steps = time.perf_counter(), AT_ONCE.get(name, 1)
+            for _ in range(steps):
+                runs[name].step(*batch)
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / steps)
     parts = {name: split(run, rounds) for name, run in runs.items() if run.fsr}
-    return {"seconds": seconds, "peak": peak, "split": parts}
+    numbers = {name: operations(run, data.batch(START + rounds)) for name, run in runs.items()}
+    return {"seconds": seconds, "peak": peak, "split": parts, "operations": numbers}
+
+
+class Counter(TorchDispatchMode):
+    """Counts what PyTorch runs, apart from views and from reading a number: on CUDA about a kernel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+        self.number += not (is_view or "_local_scalar_dense" in str(func) or "lift_fresh" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(run: Run, batch: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Operations of one step without the optimizer's, forward and backward."""
+    with Counter() as counter, torch.autocast(batch[0].device.type, torch.bfloat16, enabled=batch[0].is_cuda):
+        loss = run._loss(*batch)
+        loss.backward()
+    run.inner.zero_grad()
+    return counter.number
 
 
 def synchronize(device: torch.device) -> None:
@@ -273,13 +302,17 @@ def memory_ratios(peak: dict[str, int], variant: str) -> tuple[float, float]:
 def tables(networks: dict[str, dict[str, Any]]) -> str:
     """Two Markdown tables."""
     lines = [
-        "| network | variant | ms a step | ratio to plain (quartiles) | peak MB | ratio | ratio above imports |",
-        "|---|---|---|---|---|---|---|",
+        "| network | variant | ms a step | ratio to plain (quartiles) | ms more | operations more | peak MB | ratio | "
+        "ratio above imports |",
+        "|---" * 9 + "|",
     ]
     for network, result in networks.items():
         for name, seconds in result["seconds"].items():
             low, middle, high = ratios(result["seconds"], name)
             time_cells = f"{1000 * statistics.median(seconds):.1f} | {middle:.3f} ({low:.3f} to {high:.3f})"
+            more = [mine - plain for mine, plain in zip(seconds, result["seconds"]["plain"], strict=True)]
+            count = result["operations"][name] - result["operations"]["plain"]
+            time_cells += f" | {1000 * statistics.median(more):.2f} | {count}"
             whole, above = memory_ratios(result["peak"], name)
             memory_cells = f"{result['peak'][name] / 1e6:.0f} | {whole:.2f} | {above:.2f}"
             lines.append(f"| {network} | {name} | {time_cells} | {memory_cells} |")
@@ -331,7 +364,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; networks that are in it already are not run again")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -339,10 +372,13 @@ def main() -> None:
     torch.backends.cudnn.benchmark = on_gpu
     variants = [name for name in VARIANTS if name == "plain" or name in args.variants]
     small = ["mlp", "resnet20", "resnet32", "test_vit"]
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": args.rounds}
+    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "networks": {}}
     results["device"] = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
-    results["networks"] = {}
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())
     for network in args.networks or [*small, *(["wrn28_10", *LARGE] if on_gpu else [])]:
+        if network in results["networks"]:
+            continue
         results["networks"][network] = measure(network, variants, args.rounds, device)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1))
