@@ -258,7 +258,8 @@ class Memory:
             self.sums.copy_(state["sums"])
             self._uncounted = list(zip(*(column.clone() for column in state["uncounted"]), strict=True))
             self._sizes = list(state["sizes"])
-            self.plan = state["plan"].clone() if "plan" in state else None
+            if "plan" in state and state["plan"].shape[2] == config.reward_batch_size:
+                self.plan = state["plan"].clone()
             self.gradient = {name: value.clone() for name, value in state["gradient"].items()}
             if self.pseudo is not None and "pseudo" in state:
                 self.pseudo.load_state_dict(state["pseudo"])

@@ -24,6 +24,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,37 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def table_by_epoch(runs: dict[str, list[dict[str, Any]]], bounds: tuple[int, ...] = (1, 4, 8, 14, 20)) -> str:
+    """A Markdown table: medians over the looks of all seeds within some epochs."""
+    names = ("gradient_cosine", "sampling_cosine", "rank_correlation", "zero_in_one_only", "feature_cosine")
+    lines = [
+        "| network | learning rate | epochs | cosine of G | of 200 drawn and all | rank correlation of scores "
+        "| zero in one only | cosine of features |",
+        "|---" * 8 + "|",
+    ]
+    for network, rows in runs.items():
+        for lr in sorted({run["lr"] for run in rows}):
+            looks = [one for run in rows if run["lr"] == lr for one in run["looks"]]
+            for first, last in pairwise(bounds):
+                within = [one for one in looks if first <= one["epoch"] < last]
+                cells = [f"{statistics.median(one[name] for one in within):.2f}" for name in names]
+                lines.append(f"| {network} | {lr} | {first} to {last} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_differences(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table: accuracy with cached features minus with fresh ones, in points, seed by seed."""
+    lines = ["| network | learning rate | cached − fresh, points, by seed | mean |", "|---" * 4 + "|"]
+    for network, rows in runs.items():
+        for lr in sorted({run["lr"] for run in rows}):
+            found = {(run["seed"], run["reward"]): 100 * run["accuracy"] for run in rows if run["lr"] == lr}
+            seeds = sorted({seed for seed, _ in found})
+            gaps = [found[seed, "cached"] - found[seed, "fresh"] for seed in seeds]
+            cells = f"{', '.join(f'{gap:+.2f}' for gap in gaps)} | {statistics.mean(gaps):+.2f}"
+            lines.append(f"| {network} | {lr} | {cells} |")
+    return "\n".join(lines)
+
+
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """The cosine of the two reward gradients and the rank correlation of scores, by epoch."""
     import matplotlib.pyplot as plt
@@ -230,7 +262,7 @@ def main() -> None:
             if args.out:
                 size = [args.samples, args.cifar_samples]
                 args.out.write_text(json.dumps({"epochs": args.epochs, "samples": size, "runs": runs}, indent=1))
-    print(table(runs))
+    print(table(runs), table_by_epoch(runs), table_of_differences(runs), sep="\n\n")
     if args.plot:
         plot(runs, args.plot)
 
