@@ -314,10 +314,11 @@ class RewardDictionary:
 
 def _rows_like(tensor: Tensor, rows: int) -> Tensor:
     """Zeros of as many rows, in the memory format of the tensor."""
-    zeros = tensor.new_zeros((rows, *tensor.shape[1:]))
+    # As zeros come from the allocator, which takes no memory for rows that are not written yet.
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        zeros = zeros.contiguous(memory_format=torch.channels_last)
-    return zeros
+        channels, height, width = tensor.shape[1:]
+        return tensor.new_zeros((rows, height, width, channels)).permute(0, 3, 1, 2)
+    return tensor.new_zeros((rows, *tensor.shape[1:]))
 
 
 def top_k_per_class(entries: _Entries, num_classes: int, k: int) -> tuple[_Entries, Tensor]:

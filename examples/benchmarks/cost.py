@@ -333,11 +333,12 @@ def plot(networks: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     colors = {"plain": "#8a8a8a", "FSR": "#2a6f97", "L2R": "#b2484a"}
-    names = list(next(iter(networks.values()))["seconds"])
-    places = [-number for number in range(len(names))]
-    height = 0.28 * len(names) + 0.8
-    figure, panels = plt.subplots(len(networks), 2, figsize=(10, height * len(networks)), squeeze=False, sharey=True)
+    rows = [len(result["seconds"]) for result in networks.values()]
+    size = (10, 0.28 * sum(rows) + 0.8 * len(rows))
+    figure, panels = plt.subplots(len(networks), 2, figsize=size, squeeze=False, sharey="row", height_ratios=rows)
     for (left, right), (network, result) in zip(panels, networks.items(), strict=True):
+        names = list(result["seconds"])
+        places = [-number for number in range(len(names))]
         shades = [colors[name.split()[0]] for name in names]
         times = [ratios(result["seconds"], name) for name in names]
         errors = [[m - low for low, m, _ in times], [high - m for _, m, high in times]]
