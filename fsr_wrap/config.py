@@ -64,7 +64,7 @@ class FSRConfig:
         such samples out of the loss, the scores and the dictionary, and counts them. A NaN that entered before the head
         still reaches the gradients in the backward pass: skip such steps as you would without FSR.
     - `compile`: whether a linear head's arithmetic is compiled (`torch.compile`): about 20 operations become a few. Has
-        an effect in one process, at `reward_every=1` and with pushers that need no look-ahead.
+        an effect in one process, at `reward_every=1`.
     - `seed`: of the wrapper's own random numbers; the global RNG streams are never touched.
 
     **Raises:** `ValueError` naming the field and the range that is allowed.

@@ -244,16 +244,19 @@ class KernelStep:
 
 
 class CompiledStep:
-    """A linear head in one process, by one compiled function; for pushers that need no look-ahead.
+    """A linear head in one process, its scores by one compiled function.
 
     **Arguments:** `params`, φ.
     """
 
-    def __init__(self, batch: Batch, lr: float, params: Params):
-        self._batch, self._lr, self._params = batch, lr, params
+    def __init__(self, head: Head, batch: Batch, lr: float, params: Params):
+        self._head, self._batch, self._lr, self._params = head, batch, lr, params
 
     def logits(self, features: Tensor, logits: Tensor) -> Tensor:
-        raise NotImplementedError
+        batch = self._batch
+        gradient = fsr.linear_gradient(self._params, batch.features, batch.residual)
+        ahead = fsr.look_ahead(self._params, gradient, lr=self._lr, batch_size=len(batch.residual))
+        return self._head.call(ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
         where = self._batch.features, self._batch.residual, reward.features, reward.target

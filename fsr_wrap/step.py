@@ -391,7 +391,7 @@ class Reweighting:
         many_classes = 2 * batch.residual.shape[1] > self.config.reward_batch_size
         simple = head.is_linear and self.config.reward_every == 1
         by_kernel = simple and many_classes
-        compiled = simple and self.config.compile and world == 1 and not self._pusher.needs_lookahead
+        compiled = simple and self.config.compile and world == 1
         if needed and lr and not (by_kernel or compiled):
             total |= head.batch_gradient(params, batch)
         counts = [here]
@@ -402,7 +402,7 @@ class Reweighting:
             counts = [int(count) for count in total["/counts"].tolist()]
         step: MetaStep | None = None
         if needed and compiled:
-            step = CompiledStep(batch, lr, params)
+            step = CompiledStep(head, batch, lr, params)
         elif needed and by_kernel:
             step = KernelStep(head, batch, lr, params, sum(counts), max(counts))
         elif needed:

@@ -12,7 +12,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weight_rule": "shift"}, {"pusher": "meta_margin"}, {"nonfinite": "skip"}, {"reward": "fresh"}]
+    "options",
+    [
+        {},
+        {"weight_rule": "shift"},
+        {"pusher": "meta_margin"},
+        {"nonfinite": "skip"},
+        {"reward": "fresh"},
+        {"reward_batch_size": 18, "relabel_storage": 3},  # inner products in place of the head's gradient
+        {"relabel_storage": "int8"},
+    ],
 )
 def test_loss_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
     """No synchronisation in `loss()`; an epoch's end may wait."""

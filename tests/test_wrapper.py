@@ -257,7 +257,9 @@ def test_weights_equal_double_backward(rule: str, smoothing: float, size: int) -
     torch.testing.assert_close(fsr.weights, u / (u.sum() + 1e-5), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"lookahead_lr": 0.0, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lookahead_lr": 0.0, "label_smoothing": 0.1}, {"pusher": "meta_margin", "reward": "fresh"}]
+)
 def test_compiled_arithmetic_gives_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and run without a compiler, which not every machine has; the last batch is a short one."""
     import fsr_wrap.heads

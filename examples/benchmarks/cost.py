@@ -66,16 +66,19 @@ FSR: dict[str, dict[str, Any]] = {
     "FSR cached + MixUp": {"pusher": "authors_margin"},
     "FSR full model": {"head": "all", "lookahead_lr": 0.0},  # L2R's meta-gradient
     "FSR full model, G every 5 steps": {"head": "all", "lookahead_lr": 0.0, "reward_every": 5},
+    "FSR cached, compiled": {"compile": True},  # only if asked for: needs a C++ compiler, or CUDA
 }
 AT_ONCE = {"FSR full model, G every 5 steps": 5}  # steps that are timed together, since they differ
 FLOOR, BOTH = "plain + no-grad forward of q", "plain on b + q images"
 VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, *list(FSR)[2:], *PEERS, BOTH)
+DEFAULT = [name for name in VARIANTS if "compiled" not in name]
 PARTS = {
     "extra forward": ((step.Reweighting, "_replay"),),
     "meta": (
         *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
         *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
         *((heads.GradientStep, name) for name in ("reward_gradient", "scores_along")),
+        (heads.CompiledStep, "scores"),
     ),
     "dictionary": tuple((RewardDictionary, name) for name in ("push", "plan", "payload", "update")),
     "scores": (
@@ -362,7 +365,7 @@ def main() -> None:
     """Measures every network, prints the tables, writes the JSON and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", help="also names of timm; the default depends on the device")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON; networks that are in it already are not run again")
