@@ -49,13 +49,7 @@ def dense_target(target: Tensor, logits: Tensor, label_smoothing: float = 0.0) -
 
 def residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """∂ℓ_i/∂logits_i = softmax(logits) − target, (b, C); exact for soft targets of any sum."""
-    probability = logits.softmax(1)
-    if target.ndim == 1 and not label_smoothing:
-        return _minus_one_hot(probability, target[:, None])
-    soft = dense_target(target, logits, label_smoothing)
-    if target.ndim == 2:
-        probability = probability * soft.sum(1, keepdim=True)
-    return probability - soft
+    return losses_and_residual(logits, target, label_smoothing)[1]
 
 
 def losses_and_residual(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -64,15 +58,12 @@ def losses_and_residual(logits: Tensor, target: Tensor, label_smoothing: float =
     if target.ndim == 1 and not label_smoothing:
         label = target[:, None]
         losses = log_probability.gather(1, label).neg_()[:, 0]
-        return losses, _minus_one_hot(log_probability.exp_(), label)
+        minus_one = log_probability.new_full(label.shape, -1.0)
+        return losses, log_probability.exp_().scatter_add_(1, label, minus_one)
     soft = dense_target(target, logits, label_smoothing)
     losses = -(soft * log_probability).sum(1)
-    probability = log_probability.exp_()
+    probability = log_probability.exp()
     return losses, (probability if target.ndim == 1 else probability * soft.sum(1, keepdim=True)) - soft
-
-
-def _minus_one_hot(probability: Tensor, label: Tensor) -> Tensor:
-    return probability.scatter_add_(1, label, probability.new_full(label.shape, -1.0))
 
 
 # --- any head: torch.func --------------------------------------------------------------------------------------------

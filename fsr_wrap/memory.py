@@ -43,7 +43,6 @@ class Memory:
     dictionary: RewardDictionary
     pseudo: PseudoLabels | None
     sums: Tensor
-    zero: Tensor
 
     def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
         self.config, self.num_samples = config, num_samples
@@ -58,7 +57,7 @@ class Memory:
         self.plan: Tensor | None = None  # the next reward batches: slots, rows, labels (3, 16, q)
         self.planned = 0  # those of them that were used
         # Steps whose metrics are not in the sums yet: weights, losses, reward loss, two numbers skipped; and b.
-        self._uncounted: list[tuple[Tensor, ...]] = []
+        self._uncounted: list[tuple[Any, ...]] = []
         self._sizes: list[int] = []
         self.scattered = False  # whether a part of it is in other processes only
 
@@ -79,7 +78,7 @@ class Memory:
             self.dictionary.to(device)
             if self.pseudo is not None:
                 self.pseudo.to(device)
-            self.sums, self.zero = self.counted().to(device), self.zero.to(device)
+            self.sums = self.counted().to(device)
             self.plan = None if self.plan is None else self.plan.to(device)
             self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
         self.table.grow(rows)
@@ -97,7 +96,6 @@ class Memory:
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.zero = torch.zeros((), device=device)
         self.ready = True
 
     def end_epoch(self) -> None:
@@ -171,8 +169,7 @@ class Memory:
         if self._uncounted and self._uncounted[0][0].shape != weights.shape:
             self.counted()
         self.steps += 1
-        numbers = (self.zero if value is None else value for value in (reward_loss, skipped_samples, skipped_reward))
-        self._uncounted.append((weights, losses, *numbers))
+        self._uncounted.append((weights, losses, reward_loss, skipped_samples, skipped_reward))
         self._sizes.append(size)
         if len(self._uncounted) == _UNCOUNTED:
             self.counted()
@@ -198,7 +195,11 @@ class Memory:
         return self.sums
 
     def _uncounted_columns(self) -> list[Tensor]:
-        return [torch.stack(column) for column in zip(*self._uncounted, strict=True)]
+        if not self._uncounted:
+            return []
+        zero = self.sums.new_zeros((), dtype=torch.float32)
+        columns = zip(*self._uncounted, strict=True)
+        return [torch.stack([zero if value is None else value for value in column]) for column in columns]
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""

@@ -24,7 +24,7 @@ class Storage(Protocol):
         ...
 
     def encode(self, logits: Tensor) -> Columns:
-        """(b, C) → (b, width) each."""
+        """(b, C) → (b, width) each, in range of the columns' dtypes but not in them yet."""
         ...
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class Half:
         return {"logits": (num_classes, torch.float16)}
 
     def encode(self, logits: Tensor) -> Columns:
-        return {"logits": logits.clamp(-_LARGEST, _LARGEST).half()}
+        return {"logits": logits.clamp(-_LARGEST, _LARGEST)}
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits = columns["logits"].to(dtype)
@@ -55,7 +55,7 @@ class Byte:
     def encode(self, logits: Tensor) -> Columns:
         scale = (logits.abs().amax(1, keepdim=True) / 127).clamp(max=_LARGEST).half()
         number = (logits / scale.to(logits.dtype)).nan_to_num(0.0).round().clamp(-127, 127)  # 0/0 where all are 0
-        return {"logits": number.to(torch.int8), "scale": scale}
+        return {"logits": number, "scale": scale}
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits = columns["logits"] * columns["scale"].to(dtype)
@@ -80,9 +80,8 @@ class Largest:
         number, classes = min(self.number, logits.shape[1]), logits.shape[1]
         top, where = logits.topk(number, dim=1)
         rest = (logits.sum(1) - top.sum(1)) / max(classes - number, 1)
-        index = torch.int16 if classes <= 2**15 else torch.int32
-        few = {"rest": rest.half()[:, None], "square": logits.float().square().mean(1, keepdim=True)}
-        return {"logits": top.half(), "classes": where.to(index), **few}
+        few = {"rest": rest[:, None], "square": logits.float().square().mean(1, keepdim=True)}
+        return {"logits": top, "classes": where, **few}
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rest = columns["rest"].to(dtype).expand(-1, num_classes)
@@ -168,7 +167,7 @@ class PseudoLabels:
             stored, logits, momentum=self.momentum, temperature=self.temperature, mean_square=mean_square
         )
         for name, values in self.storage.encode(new).items():
-            self.columns[name][row] = values
+            self.columns[name][row] = values.to(self.columns[name].dtype)
         if world_size() > 1:
             if self._mine is None:
                 self._mine = self._nobodys()

@@ -1,4 +1,4 @@
-"""examples/benchmarks/peers.py: the peers that FSR's cost is compared with are L2R."""
+"""examples/benchmarks: the peers that FSR's cost is compared with are L2R, and a step is few operations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
+from test_wrapper import digits, make, train
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
@@ -64,3 +65,19 @@ def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     again = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
     assert_close(losses, again, 1e-12)
     assert_close(gradients, torch.autograd.grad((weights * again).sum(), params), 1e-12)
+
+
+def test_a_step_is_few_operations() -> None:
+    """On an accelerator an operation is about a kernel; what is done for 16 or 64 steps at once is left out here."""
+    from cost import Counter
+
+    model, fsr = make(norm=False)
+    train(model, fsr, 2, 0.3)
+    x, y, _ = digits(0.3)
+    counts = []
+    for index in torch.arange(len(x)).split(50)[:4]:
+        logits = model(x[index])
+        with Counter() as counter:
+            fsr.loss(logits, y[index], index)
+        counts.append(counter.number)
+    assert 40 < min(counts) <= 90, counts

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from fsr_wrap import FSRConfig, FSRWrapper, with_index
@@ -281,31 +280,6 @@ def test_compiled_arithmetic_gives_the_same(options: dict[str, Any], monkeypatch
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
     assert 1 <= len(calls) <= 3  # compiled once, and again for other shapes; not at every step
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is run, apart from views and from reading a number."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
-        self.number += not (is_view or "_local_scalar_dense" in str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_is_few_operations() -> None:
-    """On an accelerator an operation is about a kernel; what is done for 16 or 64 steps at once is left out here."""
-    model, fsr = make(norm=False)
-    train(model, fsr, 2, 0.3)
-    x, y, _ = digits(0.3)
-    counts = []
-    for index in torch.arange(N).split(50)[:4]:
-        logits = model(x[index])
-        with Operations() as counter:
-            fsr.loss(logits, y[index], index)
-        counts.append(counter.number)
-    assert 40 < min(counts) <= 90
 
 
 def test_loss_is_weighted_loss_plus_relabelling() -> None:

@@ -68,7 +68,6 @@ FSR: dict[str, dict[str, Any]] = {
     "FSR full model, G every 5 steps": {"head": "all", "lookahead_lr": 0.0, "reward_every": 5},
     "FSR cached, compiled": {"compile": True},  # only if asked for: needs a C++ compiler, or CUDA
 }
-AT_ONCE = {"FSR full model, G every 5 steps": 5}  # steps that are timed together, since they differ
 FLOOR, BOTH = "plain + no-grad forward of q", "plain on b + q images"
 VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, *list(FSR)[2:], *PEERS, BOTH)
 DEFAULT = [name for name in VARIANTS if "compiled" not in name]
@@ -178,7 +177,7 @@ def measure(network: str, variants: list[str], rounds: int, device: torch.device
         batch = data.batch(START + number)
         for name in random.Random(number).sample(variants, len(variants)):
             synchronize(device)
-            start, steps = time.perf_counter(), AT_ONCE.get(name, 1)
+            start, steps = time.perf_counter(), FSR.get(name, {}).get("reward_every", 1)  # which differ: timed together
             for _ in range(steps):
                 runs[name].step(*batch)
             synchronize(device)

@@ -133,9 +133,8 @@ def train(network: str, data: fashion.Data, lr: float, epochs: int, seed: int, r
     steps = -(-samples // fashion.BATCH_SIZE)
     inner = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     schedule = OneCycleLR(inner, lr, epochs=epochs, steps_per_epoch=steps)
-    fsr = FSRWrapper(model, inner, head, num_samples=samples, seed=seed, dictionary_size=samples // 10)
-    if reward == "fresh":
-        fsr = FSRWrapper(model, inner, head, num_samples=samples, config=fsr.config, reward="fresh")
+    options = {"dictionary_size": samples // 10, "reward": reward, "seed": seed}
+    fsr = FSRWrapper(model, inner, head, num_samples=samples, **options)
     looks: list[dict[str, float]] = []
     for epoch, number, index in epochs_of(samples, epochs, seed):
         if reward == "cached" and epoch > 0 and number % max(1, steps // LOOKS) == steps // LOOKS // 2:
@@ -156,6 +155,13 @@ def train(network: str, data: fashion.Data, lr: float, epochs: int, seed: int, r
     }
 
 
+def by_rate(runs: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The first two cells of each row of a table, and the runs that belong to it."""
+    for network, rows in runs.items():
+        for lr in sorted({run["lr"] for run in rows}):
+            yield f"| {network} | {lr} |", [run for run in rows if run["lr"] == lr]
+
+
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table: medians over the looks of all seeds, and mean accuracies."""
     lines = [
@@ -163,21 +169,19 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         "| rank correlation of scores | zero in one only | accuracy cached | fresh |",
         "|---" * 9 + "|",
     ]
-    for network, rows in runs.items():
-        for lr in sorted({run["lr"] for run in rows}):
-            mine = [run for run in rows if run["lr"] == lr]
-            seen = {name: [one[name] for run in mine for one in run["looks"]] for name in mine[0]["looks"][0]}
-            accuracy = {
-                kind: statistics.mean(run["accuracy"] for run in mine if run["reward"] == kind)
-                for kind in ("cached", "fresh")
-            }
-            middle = {name: f"{statistics.median(values):.3f}" for name, values in seen.items()}
-            lowest = statistics.quantiles(seen["gradient_cosine"], n=10)[0]
-            lines.append(
-                f"| {network} | {lr} | {middle['gradient_cosine']} ({lowest:.3f}) | {middle['sampling_cosine']} "
-                f"| {middle['regrouped_cosine']} | {middle['rank_correlation']} | {middle['zero_in_one_only']} "
-                f"| {accuracy['cached']:.4f} | {accuracy['fresh']:.4f} |"
-            )
+    for start, mine in by_rate(runs):
+        seen = {name: [one[name] for run in mine for one in run["looks"]] for name in mine[0]["looks"][0]}
+        accuracy = {
+            kind: statistics.mean(run["accuracy"] for run in mine if run["reward"] == kind)
+            for kind in ("cached", "fresh")
+        }
+        middle = {name: f"{statistics.median(values):.3f}" for name, values in seen.items()}
+        lowest = statistics.quantiles(seen["gradient_cosine"], n=10)[0]
+        lines.append(
+            f"{start} {middle['gradient_cosine']} ({lowest:.3f}) | {middle['sampling_cosine']} "
+            f"| {middle['regrouped_cosine']} | {middle['rank_correlation']} | {middle['zero_in_one_only']} "
+            f"| {accuracy['cached']:.4f} | {accuracy['fresh']:.4f} |"
+        )
     return "\n".join(lines)
 
 
@@ -189,26 +193,22 @@ def table_by_epoch(runs: dict[str, list[dict[str, Any]]], bounds: tuple[int, ...
         "| rank correlation of scores | zero in one only |",
         "|---" * 8 + "|",
     ]
-    for network, rows in runs.items():
-        for lr in sorted({run["lr"] for run in rows}):
-            looks = [one for run in rows if run["lr"] == lr for one in run["looks"]]
-            for first, last in pairwise(bounds):
-                within = [one for one in looks if first <= one["epoch"] < last]
-                cells = [f"{statistics.median(one[name] for one in within):.2f}" for name in names]
-                lines.append(f"| {network} | {lr} | {first} to {last} | {' | '.join(cells)} |")
+    for start, mine in by_rate(runs):
+        looks = [one for run in mine for one in run["looks"]]
+        for first, last in pairwise(bounds):
+            within = [one for one in looks if first <= one["epoch"] < last]
+            cells = [f"{statistics.median(one[name] for one in within):.2f}" for name in names]
+            lines.append(f"{start} {first} to {last} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def table_of_differences(runs: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table: accuracy with cached features minus with fresh ones, in points, seed by seed."""
     lines = ["| network | learning rate | cached − fresh, points, by seed | mean |", "|---" * 4 + "|"]
-    for network, rows in runs.items():
-        for lr in sorted({run["lr"] for run in rows}):
-            found = {(run["seed"], run["reward"]): 100 * run["accuracy"] for run in rows if run["lr"] == lr}
-            seeds = sorted({seed for seed, _ in found})
-            gaps = [found[seed, "cached"] - found[seed, "fresh"] for seed in seeds]
-            cells = f"{', '.join(f'{gap:+.2f}' for gap in gaps)} | {statistics.mean(gaps):+.2f}"
-            lines.append(f"| {network} | {lr} | {cells} |")
+    for start, mine in by_rate(runs):
+        found = {(run["seed"], run["reward"]): 100 * run["accuracy"] for run in mine}
+        gaps = [found[seed, "cached"] - found[seed, "fresh"] for seed in sorted({seed for seed, _ in found})]
+        lines.append(f"{start} {', '.join(f'{gap:+.2f}' for gap in gaps)} | {statistics.mean(gaps):+.2f} |")
     return "\n".join(lines)
 
 
