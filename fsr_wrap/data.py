@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, get_worker_info
+import torch
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+
+from . import distributed
 
 
 def with_index(dataset: Any, column: str = "index") -> Any:
@@ -13,11 +16,16 @@ def with_index(dataset: Any, column: str = "index") -> Any:
 
     - A Hugging Face `Dataset` gets a column: it survives `select`, `shuffle`, `filter`, `map` and formats, and a
       transform that is set already passes it on. A transform set later must return it too: `"index": batch["index"]`.
+      Call it after `concatenate_datasets` and `interleave_datasets`, and before `split_dataset_by_node`.
     - A Hugging Face `IterableDataset` gets the same key, counted in the order of the stream. Call it before `shuffle`.
+      A stream of several shards must have an integer column of that name, which is taken as it is.
     - A torch map-style data set of tuples gets one more element, `(x, y)` → `(x, y, index)`; dicts get a key.
-      Everything else of the data set is reached as before.
-    - A torch `IterableDataset` counts in its own order; with several workers, worker w of W counts w, w + W, w + 2W, …
-      The order must be the same in every epoch, or the scores mean nothing.
+      Everything else of the data set is reached as before; what is set, `dataset.transform` say, is set on it.
+      Call it after `ConcatDataset`.
+    - A torch `IterableDataset` counts in its own order; of S loader workers in all processes, the s-th counts s, s + S,
+      s + 2S, … Integers that are there already under the key are taken as they are. The order must be the same in
+      every epoch, or the scores mean nothing: a stream that deals chunks or shards out to the workers needs the same
+      number of workers and processes throughout, also in a run that is resumed.
 
     The default collate function turns the indices into an int64 tensor.
 
@@ -26,7 +34,8 @@ def with_index(dataset: Any, column: str = "index") -> Any:
     - `dataset`: as above. `column`: the name of the column or key.
 
     **Raises:** `ValueError` if the column exists already with anything but distinct whole numbers, or if a Hugging Face
-    stream has several shards, whose samples have no index of their own; `TypeError` for anything else.
+    stream has several shards, whose samples have no index of their own; `TypeError` for anything else. Where only the
+    samples tell, the first of them raises.
     """
     if isinstance(dataset, (IndexedDataset, IndexedIterableDataset)) and dataset.column == column:
         return dataset
@@ -39,8 +48,13 @@ def with_index(dataset: Any, column: str = "index") -> Any:
         return (_SizedIndexedIterableDataset if sized else IndexedIterableDataset)(dataset, column)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict):
         return IndexedDataset(dataset, column)
-    raise TypeError(
-        f"{type(dataset).__name__} is no data set: give a torch or Hugging Face data set, not a loader or an iterator."
+    raise _no_data_set(dataset, "DataLoader(with_index(dataset), ...)")
+
+
+def _no_data_set(found: Any, line: str) -> TypeError:
+    return TypeError(
+        f"{type(found).__name__} is no data set: give a torch or Hugging Face data set, not a loader or an iterator: "
+        f"{line}."
     )
 
 
@@ -82,26 +96,76 @@ class _KeepColumn:
 
 
 def _with_count(dataset: Any, column: str) -> Any:
-    shards = getattr(dataset, "num_shards", 1)
-    if shards > 1:
-        raise ValueError(
-            f"The stream has {shards} shards, and each would count from 0. Give its samples a column of distinct whole "
-            "numbers and pass that as the index, or read it as one shard."
-        )
-    return dataset.map(_AddCount(column), with_indices=True)
+    if column in (dataset.column_names or ()):
+        if getattr(dataset.features[column], "dtype", "")[:3] in ("int", "uin"):
+            return dataset
+        raise ValueError(_not_a_number(column, dataset.features[column]))
+    split = getattr(dataset, "_distributed", None) is not None
+    add = _AddCount(column, dataset.num_shards, split)
+    if dataset.column_names is not None:
+        add.check()
+    return dataset.map(add, with_indices=True)
 
 
 class _AddCount:
-    def __init__(self, column: str):
-        self.column = column
+    """Numbers the samples of a stream that has no numbers yet; of which columns it has, the samples may tell first."""
+
+    def __init__(self, column: str, shards: int, split: bool):
+        self.column, self.shards, self.split = column, shards, split
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        return {**example, self.column: index}
+        if self.column not in example:
+            self.check()
+        return _add_to_stream(example, index, self.column)
+
+    def check(self) -> None:
+        """**Raises:** `ValueError` if counts would collide."""
+        if self.split:
+            raise ValueError(
+                "The stream is split between processes, and each would count from 0: call with_index before, "
+                "split_dataset_by_node(with_index(stream), rank, world_size)."
+            )
+        if self.shards > 1:
+            raise ValueError(
+                f"The stream has {self.shards} shards, and each would count from 0. Give its samples a column "
+                f"{self.column!r} of distinct whole numbers, which is then taken as it is (of a data set in memory: "
+                "with_index(dataset).to_iterable_dataset(num_shards)), or read it as one shard."
+            )
+
+
+def _not_a_number(column: str, found: object) -> str:
+    return (
+        f"The samples have {column!r} already, which is {found!r} and does not number them: pass another name, "
+        f'with_index(dataset, column="fsr_index").'
+    )
+
+
+def _add_to_stream(sample: Any, index: int, column: str) -> Any:
+    """As `_add`; a whole number that a dict has already is its index."""
+    if not isinstance(sample, Mapping) or column not in sample:
+        return _add(sample, index, column)
+    if not _is_whole(sample[column]):
+        raise ValueError(_not_a_number(column, sample[column]))
+    return sample
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _add(sample: Any, index: int, column: str) -> Any:
-    if isinstance(sample, dict):
-        return {**sample, column: index}
+    if isinstance(sample, Mapping):
+        if column not in sample:
+            return {**sample, column: index}
+        if _is_whole(sample[column]) and int(sample[column]) == index:
+            return sample
+        raise ValueError(
+            f"Sample {index} has {sample[column]!r} under {column!r} already, which with_index would overwrite: pass "
+            f'another name, with_index(dataset, column="fsr_index"), or leave with_index away if these are distinct '
+            "whole numbers."
+        )
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return (*sample, index)
     if isinstance(sample, (tuple, list)):
@@ -110,18 +174,34 @@ def _add(sample: Any, index: int, column: str) -> Any:
 
 
 class _Indexed:
-    """What both kinds share: everything but the samples is the data set's own."""
+    """What both kinds share: everything but the samples is the data set's own, to read, to set and to delete."""
 
     def __init__(self, dataset: Any, column: str = "index"):
         self.dataset, self.column = dataset, column
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "column") or name.startswith("__"):
+        if _is_own(name):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_own(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.dataset, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if _is_own(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.dataset, name)
+
     def __repr__(self) -> str:
         return f"with_index({self.dataset!r})"
+
+
+def _is_own(name: str) -> bool:
+    return name in ("dataset", "column") or name.startswith("__")
 
 
 class IndexedDataset(_Indexed, Dataset[Any]):
@@ -140,11 +220,20 @@ class IndexedDataset(_Indexed, Dataset[Any]):
 class IndexedIterableDataset(_Indexed, IterableDataset[Any]):
     """An iterable data set whose samples carry their number; made by `with_index`."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": self._rank_and_world()}
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """Of the process whose loader this is: where its workers are started anew, they were told in a pickle."""
+        told: tuple[int, int] = self.__dict__.get("_process", (0, 1))
+        world = distributed.world_size()
+        return told if world == 1 else (distributed.rank(), world)
+
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker, (rank, world) = get_worker_info(), self._rank_and_world()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for count, sample in enumerate(self.dataset):
-            yield _add(sample, start + count * step, self.column)
+            yield _add_to_stream(sample, rank * workers + number + count * world * workers, self.column)
 
 
 class _SizedIndexedIterableDataset(IndexedIterableDataset):
@@ -153,24 +242,69 @@ class _SizedIndexedIterableDataset(IndexedIterableDataset):
 
 
 def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int | None]:
-    """How many rows the tables need (the largest index + 1), and how many samples an epoch has; None if unknown."""
+    """How many rows the tables need (the largest index + 1), and how many samples an epoch has; None if unknown.
+
+    **Arguments:** `column`, where a Hugging Face data set has its indices.
+
+    **Raises:** `ValueError` if several samples have one index, as far as that can be known; `TypeError` for what is no
+    data set.
+    """
+    is_map_style = hasattr(dataset, "__getitem__") and not isinstance(dataset, (str, Mapping))
+    if not (is_map_style or isinstance(dataset, IterableDataset)) or isinstance(dataset, DataLoader):
+        line = "num_samples=..." if _is_whole(dataset) else "dataset=loader.dataset"
+        raise _no_data_set(dataset, f"FSRWrapper(model, optimizer, {line})")
+    leaves = _leaves(dataset)
+    indexed = [leaf for leaf in leaves if isinstance(leaf, _Indexed)]
+    if indexed and any(leaf is not indexed[0] for leaf in leaves):
+        raise ValueError(
+            f"A {type(dataset).__name__} of several indexed data sets repeats indices: call with_index on the "
+            "ConcatDataset, or ChainDataset, of the data sets without index."
+        )
     try:
         length = len(dataset)
     except TypeError:
         return None, None
-    if isinstance(dataset, IndexedIterableDataset):
+    if indexed and isinstance(indexed[0], IndexedIterableDataset):
         return None, length  # the numbers leave gaps where the workers' shares differ
-    rows = length
-    base = dataset
-    while isinstance(base, (Subset, IndexedDataset)):
-        base = base.dataset
-        rows = max(rows, len(base))  # type: ignore[arg-type]
-    if isinstance(base, ConcatDataset) and any(isinstance(part, IndexedDataset) for part in base.datasets):
-        raise ValueError("A ConcatDataset of indexed data sets repeats indices: call with_index on the ConcatDataset.")
-    if _is_hugging_face(base, "Dataset") and column in base.column_names:
-        import pyarrow.compute
+    return max(length, *(_rows(leaf, column) for leaf in leaves)), length
 
-        values = base.data.column(column)
-        if pyarrow.types.is_integer(values.type):
-            rows = max(rows, 1 + (pyarrow.compute.max(values).as_py() or 0))
-    return rows, length
+
+def _leaves(dataset: Any) -> list[Any]:
+    """The data sets that it is a part or a chain of, down to those that give the indices."""
+    if isinstance(dataset, (ConcatDataset, ChainDataset)):
+        return [leaf for part in dataset.datasets for leaf in _leaves(part)]
+    return _leaves(dataset.dataset) if isinstance(dataset, Subset) else [dataset]
+
+
+def _rows(dataset: Any, column: str) -> int:
+    rows = len(dataset)
+    if not _is_hugging_face(dataset, "Dataset") or column not in dataset.column_names:
+        return rows
+    import pyarrow.compute
+
+    held = dataset.data.column(column)  # also of the rows that are not selected
+    if not pyarrow.types.is_integer(held.type):
+        return rows
+    _check_repeats(dataset, column)
+    return max(rows, 1 + (pyarrow.compute.max(held).as_py() or 0))
+
+
+def _check_repeats(dataset: Any, column: str) -> None:
+    """Rows may be repeated on purpose, but then they are equal. **Raises:** `ValueError` if they are not."""
+    import numpy
+
+    values = dataset.with_format("numpy")[column][:]
+    numbers, first, inverse = numpy.unique(values, return_index=True, return_inverse=True)
+    if len(numbers) == len(values):
+        return
+    for name, feature in dataset.features.items():
+        if name == column or getattr(feature, "dtype", "") not in ("int64", "int32", "bool", "string"):
+            continue
+        others = dataset.with_format("numpy")[name][:]
+        differ = int((others != others[first][inverse]).sum())
+        if differ:
+            raise ValueError(
+                f"{len(values)} samples have {len(numbers)} different numbers in the column {column!r}, and {differ} "
+                f"of them have another {name!r} than the first of their number: call with_index after "
+                "concatenate_datasets or interleave_datasets, not before; or name another column, column=...."
+            )

@@ -49,16 +49,18 @@ class FSRWrapper(Optimizer):
         the classifier of timm and Hugging Face models, else the last linear layer. A list of modules or names, or
         `"all"`, makes a deeper Θ^meta (Figure 4, right): the dictionary then holds the model's inputs, and a step costs
         several times a plain one. With `lookahead_lr=0` that is L2R's meta-gradient, without second order.
-    - `dataset`: the training set, for its length (see [`with_index`][fsr_wrap.with_index]).
+    - `dataset`: the training set, for its length (see [`with_index`][fsr_wrap.with_index]). `column`: where a Hugging
+        Face data set has its indices, if `with_index` was given another name.
     - `num_samples`: N, if there is no data set to give: indices lie in [0, N).
     - `samples_per_epoch`: how many samples an epoch consumes, over all processes. The data set's length if not given.
         Give it where a sampler or `drop_last` makes an epoch of another length. Without any of the three, call
         [`end_epoch`][fsr_wrap.FSRWrapper.end_epoch].
     - `config`: an [`FSRConfig`][fsr_wrap.FSRConfig]; `overrides` set single fields of it.
 
-    **Raises:** `ValueError` if the head is not found or a value is out of range, `TypeError` for an unknown field, a
-    wrong type or a kind of parallelism that is not supported (nn.DataParallel, FSDP1, DeepSpeed, tensor parallel).
-    Model and optimizer are then as they were.
+    **Raises:** `ValueError` if the head is not found, a value is out of range or samples of the data set are known to
+    share their index, `TypeError` for an unknown field, a wrong type, a loader in place of a data set or a kind of
+    parallelism that is not supported (nn.DataParallel, FSDP1, DeepSpeed, tensor parallel). Model and optimizer are then
+    as they were.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class FSRWrapper(Optimizer):
         head: str | nn.Module | Sequence[str | nn.Module] = "auto",
         *,
         dataset: Any = None,
+        column: str = "index",
         num_samples: int | None = None,
         samples_per_epoch: int | None = None,
         config: FSRConfig | None = None,
@@ -83,7 +86,7 @@ class FSRWrapper(Optimizer):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed: give an integer >= 1 or None.")
         config = replace(config or FSRConfig(), **check_names(overrides))
-        rows, length = (None, None) if dataset is None else sample_counts(dataset)
+        rows, length = (None, None) if dataset is None else sample_counts(dataset, column)
         core = unwrap(model)
         check_parallelism(core)
         head_parts = resolve_part(core, head)

@@ -247,7 +247,7 @@ def test_a_column_that_does_not_is_refused(numbers):
         with_index(dataset)
     renamed = with_index(dataset, column="fsr_index")
     assert renamed["fsr_index"][:] == list(range(N))
-    rows, length = sample_counts(renamed)
+    rows, length = sample_counts(renamed, "fsr_index")
     assert (rows >= N, length) == (True, N)
 
 
