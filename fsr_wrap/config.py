@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .pushers import PUSHERS, Pusher, get_pusher
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PusherName = Literal["meta_margin", "authors_margin", "negative_loss", "area_under_margin"]
+PresetName = Literal["cifar_noise", "webvision", "cifar_long_tailed", "inat2018", "cifar_long_tailed_noise"]
+WeightRule = Literal["clip", "shift", "uniform"]
+Storage = Literal["float16", "int8"]
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -76,14 +84,14 @@ class FSRConfig:
     lookahead_lr: float = 0.1
     weight_lr: float = 1.0
     warmup_epochs: int = 5
-    weight_rule: Literal["clip", "shift", "uniform"] = "clip"
-    pusher: str | Pusher = "area_under_margin"
+    weight_rule: WeightRule = "clip"
+    pusher: PusherName | Pusher = "area_under_margin"
     reward: Literal["cached", "fresh"] = "cached"
     reward_every: int = 1
     relabel_weight: float = 2.0
     relabel_momentum: float = 0.1
     relabel_temperature: float = 1.0
-    relabel_storage: str | int = "float16"
+    relabel_storage: Storage | int = "float16"
     label_smoothing: float = 0.0
     mixup_beta: float = 0.5
     max_weight: float | None = None
@@ -127,7 +135,7 @@ class FSRConfig:
         _check(known, "pusher", self.pusher, f"a Pusher or one of {', '.join(sorted(PUSHERS))}")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> FSRConfig:
+    def preset(cls, name: PresetName, **overrides: Unpack[Overrides]) -> FSRConfig:
         """One row of the paper's Table 4, with Section 5's settings for its task.
 
         The numbers are Table 4's. The pusher is the area under the margin unless you pass another: without MixUp the
@@ -150,13 +158,38 @@ class FSRConfig:
         return get_pusher(self.pusher)
 
 
-def check_names(overrides: dict[str, Any]) -> dict[str, Any]:
+class Overrides(TypedDict, total=False):
+    """The fields of `FSRConfig` once more, for type checkers: what may be set otherwise by keyword."""
+
+    dictionary_size: int
+    reward_batch_size: int
+    score_momentum: float
+    lookahead_lr: float
+    weight_lr: float
+    warmup_epochs: int
+    weight_rule: WeightRule
+    pusher: PusherName | Pusher
+    reward: Literal["cached", "fresh"]
+    reward_every: int
+    relabel_weight: float
+    relabel_momentum: float
+    relabel_temperature: float
+    relabel_storage: Storage | int
+    label_smoothing: float
+    mixup_beta: float
+    max_weight: float | None
+    nonfinite: Literal["raise", "skip"]
+    compile: bool
+    seed: int
+
+
+def check_names(overrides: Overrides) -> dict[str, Any]:
     """The overrides as they are, if each names a field of `FSRConfig`. **Raises:** `TypeError` if one does not."""
     names = [field.name for field in fields(FSRConfig)]
     for name in overrides:
         if name not in names:
             raise TypeError(f"FSRConfig has no field {name!r}; its fields are {', '.join(names)}.")
-    return overrides
+    return dict(overrides)
 
 
 _LONG_TAIL: dict[str, Any] = {"weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,16 @@ from torch.utils import _pytree as pytree
 
 from . import distributed, functional
 from .checks import as_logits
-from .config import FSRConfig, check_names
+from .config import FSRConfig, Overrides, check_names
 from .data import sample_counts
 from .dictionary import RewardDictionary
 from .heads import Head, check_parallelism, resolve_part, unwrap
 from .memory import METRICS, Memory
 from .state import read_state, write_state
 from .step import Reweighting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FSRWrapper(Optimizer):
@@ -74,7 +78,7 @@ class FSRWrapper(Optimizer):
         num_samples: int | None = None,
         samples_per_epoch: int | None = None,
         config: FSRConfig | None = None,
-        **overrides: Any,
+        **overrides: Unpack[Overrides],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
@@ -384,23 +388,36 @@ class FSRWrapper(Optimizer):
         """The inner optimizer's."""
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not there yet: while unpickling
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
+    if not TYPE_CHECKING:  # a type checker would let every misspelt name pass
 
-    # GradScaler hands these to fused optimizers by setting and deleting them.
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("grad_scale", "found_inf"):
-            setattr(self.optimizer, name, value)
-        else:
-            object.__setattr__(self, name, value)
+        def __getattr__(self, name: str) -> Any:
+            if name == "optimizer":  # not there yet: while unpickling
+                raise AttributeError(name)
+            try:
+                return getattr(self.optimizer, name)
+            except AttributeError:
+                raise AttributeError(self._unknown(name), name=name) from None
 
-    def __delattr__(self, name: str) -> None:
-        if name in ("grad_scale", "found_inf"):
-            delattr(self.optimizer, name)
-        else:
-            object.__delattr__(self, name)
+        # GradScaler hands these to fused optimizers by setting and deleting them.
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in ("grad_scale", "found_inf"):
+                setattr(self.optimizer, name, value)
+            else:
+                object.__setattr__(self, name, value)
+
+        def __delattr__(self, name: str) -> None:
+            if name in ("grad_scale", "found_inf"):
+                delattr(self.optimizer, name)
+            else:
+                object.__delattr__(self, name)
+
+    def _unknown(self, name: str) -> str:
+        message = f"FSRWrapper has no attribute {name!r}, nor has the {type(self.optimizer).__name__} in it"
+        if name.startswith("_"):  # torch asks for some at every step, to see whether they are there
+            return message + "."
+        known = {other for other in (*dir(self), *dir(self.optimizer)) if not other.startswith("_")} - {name}
+        close = difflib.get_close_matches(name, known, 1)
+        return message + (f": did you mean {close[0]!r}?" if close else ".")
 
     def __getstate__(self) -> dict[str, Any]:
         patched = ("step", "_opt_called")  # a scheduler's marks on this very object
