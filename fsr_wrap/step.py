@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from . import distributed, functional
 from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems
@@ -23,6 +19,7 @@ from .config import FSRConfig
 from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
 from .memory import Memory
 from .pushers import Pusher, Visit
+from .replay import Replay, takes
 from .tap import Capture, Tap
 
 
@@ -77,14 +74,15 @@ class Reweighting:
         self._watch = Watch()
         self._mixes: deque[_Mix] = deque(maxlen=8)
         self._checked = False
-        # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
-        self._keeps_features = config.reward == "cached" or head.module is core
         self._recorded: list[_Decision] | None = None
         self._replayed: Iterator[_Decision] = iter(())
         self._listen()
 
     def _listen(self) -> None:
         self._tap = Tap(self.core, self.head.module)
+        # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
+        keeps_features = self.config.reward == "cached" or self.head.module is self.core
+        self._replay = Replay(self.core, self.head, self._tap, keeps_features)
         weakref.finalize(self, self._tap.remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,10 +161,10 @@ class Reweighting:
                 "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
                 "was compiled, wrap it before its first call."
             )
-        if mix is not None and not any(_same(leaf, mix.mixed) for leaf in _leaves(capture)):
+        if mix is not None and not takes(capture, mix.mixed):
             raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
         if self.memory.ready:
-            self.memory.dictionary.check_payload(self._payload(capture))
+            self.memory.dictionary.check_payload(self._replay.payload(capture))
         label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
         rows = self.memory.num_samples or INDEX_LIMIT
         # A linear head's logits cannot be finite where its input is not.
@@ -254,8 +252,10 @@ class Reweighting:
         index, new = batch.index, memory.table.is_new(batch.index, memory.epoch)
         if valid is not None:
             new, index = new & valid, torch.where(valid, index, -1)
-        clean = self._clean(batch)
-        clean_logits = logits if batch.mix is None else clean.output.to(logits.dtype)
+        clean, clean_logits = batch.capture, logits
+        if batch.mix is not None:
+            clean = self._replay.clean(batch.capture, batch.mix.mixed, batch.mix.inputs)
+            clean_logits = clean.output.to(logits.dtype)
         stored = squares = None
         if memory.pseudo is not None:
             stored, squares = memory.pseudo.stored(batch.index, logits.dtype)
@@ -282,7 +282,7 @@ class Reweighting:
         sums, (index, label, score) = distributed.gather(sums, mine, length)
         weights = self._normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
-        payload = self._payload(clean)
+        payload = self._replay.payload(clean)
         row = memory.visit(index, label, score, payload, offset=offset, new=new if alone else None)
         pseudo = share = None
         if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
@@ -301,37 +301,6 @@ class Reweighting:
             memory.count(weights, losses, size, reward_loss=reward_loss, skipped_samples=bad, skipped_reward=skipped)
         return _Decision(weights, pseudo, share, size)
 
-    def _clean(self, batch: _Accepted) -> Capture:
-        """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
-        mix, capture = batch.mix, batch.capture
-        if mix is None:
-            return capture
-        leaves, tree = pytree.tree_flatten((capture.args, capture.kwargs))
-        args, kwargs = pytree.tree_unflatten([mix.inputs if _same(leaf, mix.mixed) else leaf for leaf in leaves], tree)
-        return self._replay(args, kwargs, capture)
-
-    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Capture) -> Capture:
-        """One more forward as the user's was, without gradients and without a trace."""
-        device = like.features.device
-        devices = [] if device.type == "cpu" else [device]
-        buffers = {name: buffer.clone() for name, buffer in self.core.named_buffers()}
-        with (
-            _other_streams_kept(),
-            torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
-            torch.autocast(device.type, like.autocast, enabled=like.autocast is not None),
-            self._tap.divert() as box,
-        ):
-            functional_call(self.core, buffers, args, kwargs)
-        if not box:
-            raise RuntimeError(f"The extra forward did not pass through the head {self.head.name!r}.")
-        return replace(box[0], args=args, kwargs=kwargs)
-
-    def _payload(self, capture: Capture) -> tuple[Tensor, ...]:
-        """What the dictionary stores of a batch: the head's input, or the model's."""
-        if self._keeps_features:
-            return (capture.features,)
-        return tuple(leaf.detach() for leaf in _leaves(capture) if _is_batched(leaf, len(capture.features)))
-
     def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor | None]:
         """This process's part of the reward batch, and how many samples were left out of it because of NaN or inf."""
         config, capture = self.config, batch.capture
@@ -339,15 +308,7 @@ class Reweighting:
         if distributed.world_size() > 1:
             part = slice(distributed.rank(), None, distributed.world_size())
             label, payload = label[part], tuple(tensor[part] for tensor in payload)
-        if self._keeps_features:
-            features = payload[0]
-        else:
-            leaves, tree = pytree.tree_flatten((capture.args, capture.kwargs))
-            rows = iter(payload)
-            leaves = [next(rows) if _is_batched(leaf, len(capture.features)) else leaf for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, tree)
-            features = self._replay(args, kwargs, capture).features
-        features = self.head.features(features, dtype)
+        features = self.head.features(self._replay.features(payload, capture), dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
         if features.device.type == "cpu" and math.isfinite(features.sum().item()):
             return reward, None
@@ -449,29 +410,3 @@ def _masked(valid: Tensor, features: Tensor, target: Tensor, label_smoothing: fl
 def _autocast_off(device: str) -> AbstractContextManager[Any]:
     """Autocast off within; entering nothing where it is off, which takes less time."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _leaves(capture: Capture) -> list[Any]:
-    """The model's inputs, in their order."""
-    return pytree.tree_leaves((capture.args, capture.kwargs))
-
-
-@contextmanager
-def _other_streams_kept() -> Iterator[None]:
-    """Python's and numpy's random streams go on as if nothing had been drawn within."""
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
-def _is_batched(leaf: Any, batch_size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch_size
-
-
-def _same(leaf: Any, tensor: Tensor) -> bool:
-    return isinstance(leaf, Tensor) and leaf.shape == tensor.shape and leaf.data_ptr() == tensor.data_ptr()

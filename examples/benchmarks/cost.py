@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from networks import make_network
 from peers import PEERS
 
-from fsr_wrap import FSRWrapper, RewardDictionary, heads, pushers, relabel, step
+from fsr_wrap import FSRWrapper, RewardDictionary, heads, pushers, relabel, replay, step
 
 SAMPLES, BATCH_SIZE, REWARD_SIZE, LR = 4000, 100, 200, 0.01
 EPOCH = SAMPLES // BATCH_SIZE
@@ -72,7 +72,7 @@ FLOOR, BOTH = "plain + no-grad forward of q", "plain on b + q images"
 VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, *list(FSR)[2:], *PEERS, BOTH)
 DEFAULT = [name for name in VARIANTS if "compiled" not in name]
 PARTS = {
-    "extra forward": ((step.Reweighting, "_replay"),),
+    "extra forward": ((replay.Replay, "_run"),),
     "meta": (
         *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
         *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
