@@ -1,0 +1,209 @@
+"""The cases of `compare.py`: which images, which wrong labels or long tail, which network and recipe.
+
+Fashion-MNIST: 20,000 images, the MLP and recipe of `noisy_fashion_mnist.py`. CIFAR-10 and CIFAR-10N: 10,000 images
+(20,000 before a long tail is cut from them), b = 100, one-cycle, two networks:
+
+- `small`: a stem of 16 channels at stride 2 and residual blocks of 32 and 64, about 80,000 parameters, too few to learn
+  wrong labels by heart; SGD 0.1, flips and shifts;
+- `resnet`: timm's `test_resnet`, 0.37 million parameters, which does memorise; SGD 0.05, flips.
+
+A split is a random choice of the training images, and of 1,000 more with right labels for the methods that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cifar
+from common import long_tail_counts
+from networks import make_network
+from noisy_fashion_mnist import make_model, read_images
+
+CLEAN = 1000
+
+# Each class to one that looks like it: T-shirt → shirt → coat → pullover → dress → T-shirt, sandal → sneaker → ankle
+# boot → sandal, trouser → dress, bag → ankle boot.
+FASHION_CONFUSIONS = (6, 3, 3, 0, 2, 7, 4, 9, 9, 5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One column of the table.
+
+    **Arguments:** `noise` is none, uniform:RATE, asymmetric:RATE or column:NAME, as in `cifar.py`; `limit`, images
+    before a long tail is cut from them; `augment`, as in `cifar.py`.
+    """
+
+    title: str
+    source: str
+    noise: str = "none"
+    imbalance: float = 1.0
+    network: str = "mlp"
+    epochs: int = 30
+    limit: int = 20_000
+    lr: float = 0.05
+    augment: str = "none"
+
+
+@dataclass(frozen=True)
+class Data:
+    """One split of a case: images as they are stored, given and right labels, clean images, and the test set."""
+
+    images: Tensor
+    given: Tensor
+    right: Tensor
+    clean_images: Tensor
+    clean_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def wrong(self) -> float:
+        """The share of wrong labels."""
+        return (self.given != self.right).float().mean().item()
+
+
+def make_cases() -> dict[str, Case]:
+    """All cases, by name."""
+    kinds = {
+        "clean": ("clean", "none", 1),
+        "uniform20": ("uniform 20 %", "uniform:0.2", 1),
+        "uniform40": ("uniform 40 %", "uniform:0.4", 1),
+        "uniform80": ("uniform 80 %", "uniform:0.8", 1),
+        "asymmetric40": ("asymmetric 40 %", "asymmetric:0.4", 1),
+        "tail50": ("imbalance 50", "none", 50),
+        "tail100": ("imbalance 100", "none", 100),
+        "tail50-uniform20": ("imbalance 50 + uniform 20 %", "uniform:0.2", 50),
+        "tail50-uniform40": ("imbalance 50 + uniform 40 %", "uniform:0.4", 50),
+    }
+    cases = {f"fashion-{key}": Case(f"Fashion-MNIST, {t}", "fashion", noise, r) for key, (t, noise, r) in kinds.items()}
+    networks: dict[str, dict[str, Any]] = {
+        "small": {"network": "small", "lr": 0.1, "augment": "crop"},
+        "resnet": {"network": "test_resnet", "lr": 0.05, "augment": "flip"},
+    }
+    columns = {"clean": "none", "aggre": "column:aggre_label"}
+    columns |= {"random1": "column:random_label1", "worse": "column:worse_label"}
+    for network, recipe in networks.items():
+        for key, noise in columns.items():
+            cases[f"cifar-{network}-{key}"] = Case(
+                f"CIFAR-10N {key}, {network}", "cifar", noise, limit=10_000, **recipe
+            )
+        title = f"CIFAR-10 imbalance 100, {network}"
+        cases[f"cifar-{network}-tail100"] = Case(title, "cifar", imbalance=100, epochs=40, **recipe)
+    return cases
+
+
+CASES = make_cases()
+
+
+class SmallConvNet(nn.Module):
+    """A stem of 16 channels at stride 2, residual blocks of 32 and 64 at stride 2, global pooling and the head."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.block1, self.short1 = self.block(16, 32), nn.Conv2d(16, 32, 1, 2, bias=False)
+        self.block2, self.short2 = self.block(32, 64), nn.Conv2d(32, 64, 1, 2, bias=False)
+        self.fc = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def block(width_in: int, width: int) -> nn.Sequential:
+        """Two convolutions with BatchNorm, the first at stride 2."""
+        first = [nn.Conv2d(width_in, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        return nn.Sequential(*first, nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.block1(x) + self.short1(x))
+        x = F.relu(self.block2(x) + self.short2(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def make_case_network(case: Case) -> nn.Module:
+    """A fresh network, from the global random stream."""
+    if case.network == "mlp":
+        return make_model()
+    network = SmallConvNet() if case.network == "small" else make_network(case.network, 10)
+    return network.to(memory_format=torch.channels_last)
+
+
+def get_transforms(case: Case) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Stored images to inputs: as trained on, and as evaluated."""
+    if case.source == "fashion":
+        return (lambda images: images), (lambda images: images)
+    return (lambda images: cifar.augment(images, case.augment)), cifar.standardise
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def read_fashion(folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (n, 784) in [0, 1] and labels, training and test."""
+    arrays = read_images(folder)
+    images = [torch.tensor(arrays[f"{s}_image"].reshape(-1, 784) / 255, dtype=torch.float32) for s in ("train", "test")]
+    labels = [torch.tensor(arrays[f"{s}_label"].astype(np.int64)) for s in ("train", "test")]
+    return images[0], labels[0], images[1], labels[1]
+
+
+@cache
+def read_cifar(folder: Path) -> tuple[Any, Tensor, Tensor]:
+    """The training set, undecoded, and the test images and labels; `folder` has train.parquet and test.parquet."""
+    from datasets import load_dataset
+
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+    sets = load_dataset("parquet", data_files=files)
+    return sets["train"], cifar.decode(sets["test"], 32), torch.tensor(sets["test"]["label"][:])
+
+
+def make_given(case: Case, right: Tensor, seed: int) -> Tensor:
+    """The given labels where they are made by us; of uniform noise the redrawn label may be the right one again."""
+    kind, _, value = case.noise.partition(":")
+    if kind not in ("uniform", "asymmetric"):
+        return right.clone()
+    generator = torch.Generator().manual_seed(seed)
+    hit = torch.rand(len(right), generator=generator) < float(value)
+    if kind == "uniform":
+        return torch.where(hit, torch.randint(10, (len(right),), generator=generator), right)
+    return torch.where(hit, torch.tensor(FASHION_CONFUSIONS)[right], right)
+
+
+@cache
+def make_data(case: Case, folder: Path | None, split: int, seed: int) -> Data:
+    """The images of a split, the first n_i of each class under a long tail; noise of our own is drawn by `seed`."""
+    if case.source == "fashion":
+        images, labels, test_images, test_labels = read_fashion(folder)
+    else:
+        if folder is None:
+            raise SystemExit("CIFAR-10N needs --cifar, a folder with train.parquet and test.parquet.")
+        train, test_images, test_labels = read_cifar(folder)
+        labels = torch.tensor(train["label"][:])
+    order = np.random.default_rng(split).permutation(len(labels))
+    chosen, clean = order[: case.limit], order[case.limit : case.limit + CLEAN]
+    if case.imbalance > 1:
+        classes = [chosen[labels[chosen].numpy() == c] for c in range(10)]
+        counts = long_tail_counts(max(len(rows) for rows in classes), 10, case.imbalance)
+        chosen = np.concatenate([rows[:count] for rows, count in zip(classes, counts, strict=True)])
+    right = labels[chosen]
+    given = make_given(case, right, seed)
+    if case.source == "fashion":
+        own = images[chosen]
+        mean, std = own.mean(), own.std()
+        parts = [(part - mean) / std for part in (own, images[clean], test_images)]
+    else:
+        kind, _, value = case.noise.partition(":")
+        given = torch.tensor(train[value][:])[chosen] if kind == "column" else given
+        parts = [cifar.decode(train.select(chosen), 32), cifar.decode(train.select(clean), 32), test_images]
+    return Data(parts[0], given, right, parts[1], labels[clean], parts[2], test_labels)

@@ -1,0 +1,335 @@
+"""All methods on all cases: accuracy and cost, several seeds and splits, one table and one plot.
+
+    python examples/benchmarks/compare.py --out DIR --fashion DIR --cifar DIR [--cases fashion] [--methods ce elr fsr]
+    python examples/benchmarks/compare.py --out DIR --table
+    python examples/benchmarks/compare.py --out DIR --plot compare.svg
+
+Each run writes a JSON file of its own into `--out`; runs that are there already are not run again, and two processes
+with the same command share the work. The cases are in `cases.py`, the methods in `examples/methods`. Everybody has the
+same images, network, initial weights, schedule and number of steps; methods that need the noise rate are told the true
+share of wrong labels, those that need clean images get 1,000 from outside the training set.
+
+Cost is in cross-entropy steps. Every tenth step a second network takes a plain step on the same batch in the same
+process: `step` is the ratio of the medians, `cost` the whole training time, with all that a method does before and
+between epochs, over that of as many plain steps. Evaluation is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
+from common import shot_accuracy
+from methods import METHODS, Method, Task, make_method
+from methods.fsr import FSR
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+BATCH_SIZE, TIMED_EVERY = 100, 10
+MANY_SHOT, FEW_SHOT = 500, 100
+
+Run = dict[str, Any]
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
+    """What the methods may know; the network is made from the global random stream."""
+    augmented, plain = get_transforms(case)
+
+    def recipe(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        sgd = torch.optim.SGD(parameters, lr=case.lr, momentum=0.9, weight_decay=5e-4)
+        return sgd, OneCycleLR(sgd, case.lr, total_steps=max(steps, 2))
+
+    return Task(
+        model=make_case_network(case),
+        labels=data.given,
+        num_classes=10,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        inputs=lambda index: plain(data.images[index]),
+        augmented=lambda index: augmented(data.images[index]),
+        make_model=lambda: make_case_network(case),
+        recipe=recipe,
+        clean=(plain(data.clean_images), data.clean_labels),
+        noise_rate=data.wrong,
+        seed=seed,
+    )
+
+
+class Clock:
+    """Times the method's work, and next to some of its steps a plain step of a network of the same kind."""
+
+    def __init__(self, task: Task) -> None:
+        with torch.random.fork_rng():
+            self.twin = task.make_model()
+        self.sgd = torch.optim.SGD(self.twin.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.steps: list[float] = []
+        self.pairs: list[tuple[float, float]] = []
+        self.other = 0.0
+
+    def plain_step(self, x: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        F.cross_entropy(self.twin(x), y).backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+        self.pairs.append((self.steps[-1], time.perf_counter() - start))
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Anything that is no step."""
+        start = time.perf_counter()
+        yield
+        self.other += time.perf_counter() - start
+
+    def summary(self) -> dict[str, float]:
+        own, plain = (statistics.median(times) for times in zip(*self.pairs, strict=True))
+        return {
+            "step": own / plain,
+            "cost": (sum(self.steps) + self.other) / (len(self.steps) * plain),
+            "seconds": sum(self.steps) + self.other,
+            "plain_step_seconds": plain,
+        }
+
+
+@torch.no_grad()
+def evaluate(method: Method, model: nn.Module, case: Case, data: Data) -> Tensor:
+    """Whether each test image is classified rightly."""
+    plain = get_transforms(case)[1]
+    model.eval()
+    parts = [method.predict(model, plain(part)).argmax(1) for part in data.test_images.split(1000)]
+    model.train()
+    return torch.cat(parts) == data.test_labels
+
+
+def train(name: str, case: Case, data: Data, seed: int, epochs: int) -> Run:
+    """One run from scratch."""
+    torch.manual_seed(seed)
+    task = make_task(case, data, epochs, seed)
+    method, model, samples = make_method(name, task), task.model, len(data.given)
+    clock, steps = Clock(task), max(1, samples // BATCH_SIZE)
+    optimizer, schedule = task.recipe([*model.parameters(), *method.parameters()], epochs * steps)
+    optimizer = method.attach(optimizer)
+    with clock.work():
+        method.prepare()
+    curve: list[float] = []
+    for epoch in range(epochs):
+        with clock.work():
+            method.start_epoch(epoch)
+        for number, index in enumerate(torch.randperm(samples).tensor_split(steps)):
+            x, y = task.augmented(index), data.given[index]
+            start = time.perf_counter()
+            method.loss(model, x, y, index).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.steps.append(time.perf_counter() - start)
+            schedule.step()
+            if number % TIMED_EVERY == 0:
+                clock.plain_step(x, y)
+        with clock.work():
+            method.end_epoch(epoch)
+        correct = evaluate(method, model, case, data)
+        curve.append(correct.float().mean().item())
+    return {
+        "last": curve[-1],
+        "best": max(curve),
+        **clock.summary(),
+        **shot_accuracy(correct, data.test_labels, torch.bincount(data.given, minlength=10), MANY_SHOT, FEW_SHOT),
+        "samples": samples,
+        "wrong": data.wrong,
+        "metrics": method.metrics(),
+        "purity": purity(method, data),
+        "curve": curve,
+    }
+
+
+def purity(method: Method, data: Data) -> float | None:
+    """The share of right labels in FSR's dictionary."""
+    if not isinstance(method, FSR):
+        return None
+    members = method.wrapper.dictionary.index
+    return (data.given[members] == data.right[members]).float().mean().item()
+
+
+# --- all runs --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process may do the run: it isn't done, and no other process is at it. A dead process holds none."""
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not path.exists()
+
+
+def write(path: Path, run: Run) -> None:
+    """Whole or not at all."""
+    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    partial_path.write_text(json.dumps(run, indent=1))
+    partial_path.replace(path)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Seed by seed, so that a first table comes early."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed, split, key in ((seed, split, key) for seed in args.seeds for split in args.splits for key in args.cases):
+        case = CASES[key]
+        folder = args.fashion if case.source == "fashion" else args.cifar
+        epochs = args.epochs or case.epochs
+        for name in args.methods:
+            path = args.out / f"{key}_{name}_split{split}_seed{seed}_epochs{epochs}.json"
+            with claim(path) as mine:
+                if not mine:
+                    continue
+                result = train(name, case, make_data(case, folder, split, seed), seed, epochs)
+                setting = {"case": key, "method": name, "split": split, "seed": seed, "epochs": epochs}
+                write(path, {**setting, "title": METHODS[name].title, **result})
+                print(f"{path.stem}: last {result['last']:.4f}, cost {result['cost']:.2f}", flush=True)
+        make_data.cache_clear()
+
+
+def read_runs(args: argparse.Namespace) -> dict[tuple[str, str], list[Run]]:
+    """The runs in `--out` that the flags name, by case and method, in the flags' order; those of other lengths are left
+    out. All methods found are shown if `--methods` is not given."""
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for path in sorted(args.out.glob("*.json")):
+        run = json.loads(path.read_text())
+        key, name = run["case"], run["method"]
+        if key not in args.cases or run["split"] not in args.splits or run["seed"] not in args.seeds:
+            continue
+        if run["epochs"] == (args.epochs or CASES[key].epochs):
+            runs.setdefault((key, name), []).append(run)
+    names = list(METHODS) if args.all_methods else args.methods
+    names += [name for _, name in runs if args.all_methods and name not in names]
+    return {(key, name): runs[key, name] for key in args.cases for name in dict.fromkeys(names) if (key, name) in runs}
+
+
+# --- table and plot --------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, in three digits."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def label(name: str, runs: list[Run]) -> str:
+    """The method's name, and what it was given beyond the labels."""
+    method = METHODS.get(name, FSR)
+    extra = ["clean images"] if method.needs_clean else []
+    extra += ["noise rate"] if method.needs_rate else []
+    return runs[0]["title"] + (f" ({', '.join(extra)})" if extra else "")
+
+
+def table(runs: dict[tuple[str, str], list[Run]], value: str) -> str:
+    """A Markdown table: a row a method, a column a case; the mean over the cases, and cost as the median over runs."""
+    cases, names = ([*dict.fromkeys(pair[n] for pair in runs)] for n in (0, 1))
+    head = ["method", *(CASES[key].title for key in cases), "mean", "cost (CE = 1)", "a step"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in names:
+        found = [runs.get((key, name), []) for key in cases]
+        cells = [
+            spread([run[value] for run in part if value in run]) if part and value in part[0] else "" for part in found
+        ]
+        flat = [run for part in found for run in part]
+        means = [statistics.mean(run[value] for run in part) for part in found if part and value in part[0]]
+        mean = f"{statistics.mean(means):.3f}" if len(means) == len(cases) else ""
+        cost = [f"{statistics.median(run[key] for run in flat):.2f}" for key in ("cost", "step")]
+        lines.append("| " + " | ".join([label(name, flat), *cells, mean, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
+    """Accuracy at the last epoch against cost, a panel a case."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    cases = [*dict.fromkeys(key for key, _ in runs)]
+    columns = min(3, len(cases))
+    rows = -(-len(cases) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
+    for panel, key in zip(panels.flat, cases, strict=False):
+        for (of, name), part in runs.items():
+            if of != key:
+                continue
+            values = [run["last"] for run in part]
+            x, y = statistics.median(run["cost"] for run in part), statistics.mean(values)
+            color = "#2a6f97" if name.startswith("fsr") else "#c8963e" if METHODS[name].needs_clean else "#777777"
+            error = statistics.stdev(values) if len(values) > 1 else 0
+            panel.errorbar(x, y, error, fmt="o", color=color, markersize=4)
+            panel.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6, color=color)
+        panel.set(title=CASES[key].title, xlabel="cost (cross-entropy = 1)", ylabel="test accuracy", xscale="log")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels.flat[len(cases) :]:
+        panel.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `--cases` takes beginnings of names too, `--variant` adds FSR with other fields as a method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, a JSON file each")
+    parser.add_argument(
+        "--fashion", type=Path, help="folder of Fashion-MNIST's four gzipped IDX files; default: the hub"
+    )
+    parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10N as train.parquet and test.parquet")
+    parser.add_argument("--cases", nargs="+", default=[""], help=f"names or their beginnings, of {', '.join(CASES)}")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "JSON"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--splits", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, help="default: the case's own")
+    parser.add_argument("--table", nargs="?", const="last", help="print a table of last, best, many, medium or few")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against cost")
+    args = parser.parse_args(arguments)
+    for name, fields in args.variant:
+        METHODS[name] = type(name, (FSR,), {"title": name, "make_config": partial_config(json.loads(fields))})
+    unknown = set(args.methods or []) - set(METHODS)
+    if unknown:
+        parser.error(f"--methods {' '.join(sorted(unknown))}: give some of {', '.join(METHODS)}")
+    for beginning in args.cases:
+        if not any(key.startswith(beginning) for key in CASES):
+            parser.error(f"--cases {beginning}: give names, or beginnings of names, of {', '.join(CASES)}")
+    args.cases = [key for key in CASES if key.startswith(tuple(args.cases))]
+    args.all_methods = args.methods is None
+    args.methods = args.methods or list(METHODS)
+    return args
+
+
+def partial_config(fields: dict[str, Any]) -> Any:
+    """FSR's `make_config` with these fields."""
+    return lambda self: FSR.make_config(self, **fields)
+
+
+def main() -> None:
+    """Runs what is missing, or shows what is there."""
+    args = parse()
+    if not args.table and not args.plot:
+        run_all(args)
+    if args.table:
+        print(table(read_runs(args), args.table))
+    if args.plot:
+        plot(read_runs(args), args.plot)
+
+
+if __name__ == "__main__":
+    main()
