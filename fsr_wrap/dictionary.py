@@ -227,10 +227,12 @@ class RewardDictionary:
         entries = _concatenate([self._members, self._best, self._waiting()])
         rows = entries.row[entries.index != EMPTY]
         rows = rows[self._alone[rows]]
-        for arena in self._arena:
-            here = self._here[rows].view(-1, *[1] * (arena.ndim - 1))
-            numbers = arena.view(torch.uint8) if arena.dtype == torch.bool else arena
-            numbers[rows] = sum_in_place(torch.where(here, numbers[rows], 0))
+        here = self._here[rows, None]
+        for arena in self._arena if len(rows) else ():  # the same rows in every process
+            held = arena[rows].contiguous()
+            sent = held.view(len(rows), -1).view(torch.uint8)  # no backend adds numbers of every dtype
+            sum_in_place(sent.masked_fill_(~here, 0))  # exact: one at most adds something to zeros
+            arena[rows] = held
         self._alone[rows] = False
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> RewardBatch:

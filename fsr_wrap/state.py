@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .distributed import rank
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "fsr.safetensors"
 NOTE_NAME = "fsr.json"
 _KEY, _DIGEST = "fsr_wrap", "sha256"
+_PARTIAL = ".fsr."  # names of hidden folders begin so
+_STALE = 3600.0  # seconds without a change, after which nobody works in such a folder where locks cannot tell
 _Plain = (bool, int, float, str, type(None))
 
 
@@ -28,8 +36,9 @@ def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     """Writes a state dict of tensors, numbers, strings, lists, tuples and dicts to `folder/fsr.safetensors`.
 
     The tensors are the file's own; all else is JSON in its header, with a SHA-256 digest of the whole content. It is
-    written in a hidden folder and renamed, so that a file of that name is always whole; what a killed save leaves
-    there, the next one removes. After it, `fsr.json` says to people what the file is; it is never read back.
+    written in a hidden folder of its own and renamed, so that a file of that name is always whole, of one save or
+    another; what a killed save leaves there, the next one removes. After it, `fsr.json` says to people what the file
+    is; it is never read back.
 
     **Returns:** the file. **Raises:** `TypeError` for a value of another kind, `OSError` if it cannot be written; the
     last file then stays.
@@ -38,26 +47,73 @@ def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     skeleton = json.dumps(_take_apart(state, "", tensors))
     metadata = {_KEY: skeleton, _DIGEST: _digest(skeleton, tensors)}
     folder = Path(folder)
-    partial = folder / f".fsr.{rank()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear_up(folder)
+    with _own_folder(folder) as partial:
         (partial / NOTE_NAME).write_text(json.dumps(_note(state.get("fsr", {})), indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / FILE_NAME, metadata)
+        try:
+            save_file(tensors, partial / FILE_NAME, metadata)
+        except KeyError as error:  # as of complex128
+            message = f"save() writes tensors of the dtypes that safetensors knows, which {error} is not."
+            raise TypeError(message) from error
+        except SafetensorError as error:
+            raise OSError(f"{folder / FILE_NAME} cannot be written: {error}") from error
         with contextlib.suppress(OSError):  # safetensors 0.8 lets nobody but the owner read it
             shutil.copymode(partial / NOTE_NAME, partial / FILE_NAME)
         for name in (FILE_NAME, NOTE_NAME):
             with open(partial / name, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial / name, folder / name)
-    except KeyError as error:  # as of complex128
-        raise TypeError(f"save() writes tensors of the dtypes that safetensors knows, which {error} is not.") from error
-    except SafetensorError as error:
-        raise OSError(f"{folder / FILE_NAME} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _sync_names(folder)
     return folder / FILE_NAME
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[Path]:
+    """A new hidden folder, locked as long as its process lives in it; gone afterwards."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        lock = _lock(partial)
+        if partial.exists():  # nobody took it for a dead one's before it was locked
+            break
+        _unlock(lock)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _unlock(lock)
+
+
+def _clear_up(folder: Path) -> None:
+    """Removes what killed saves left: where nobody holds the lock, or nobody can and it is old."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            lock = _lock(partial, wait=False)
+            if lock is not None or time.time() - partial.stat().st_mtime > _STALE:
+                shutil.rmtree(partial, ignore_errors=True)
+            _unlock(lock)
+
+
+def _lock(folder: Path, wait: bool = True) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or the process dies; None where there is none to
+    have. **Raises:** `BlockingIOError` if another process has it and one need not wait."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:  # gone, or a file system without locks
+        _unlock(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -69,6 +125,21 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: give the folder that save() wrote to.")
+    while True:
+        found = _version(path)
+        try:
+            return _read(path)
+        except ValueError:
+            if _version(path) == found:
+                raise  # else a save came between: safetensors opens the file twice
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
