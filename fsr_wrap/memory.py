@@ -91,7 +91,8 @@ class Memory:
         if config.relabel_weight > 0:
             how = config.relabel_momentum, config.relabel_temperature, config.relabel_storage
             self.pseudo = PseudoLabels(rows, num_classes, *how, device=device)
-        self.table = ScoreTable(rows, config.score_momentum, device)
+        learned = config.get_pusher().needs_learned
+        self.table = ScoreTable(rows, config.score_momentum, device, learned=learned)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
@@ -137,6 +138,7 @@ class Memory:
         *,
         offset: int = 0,
         new: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> Tensor:
         """Takes note of a batch: of the samples of all processes, and the payloads of this one's.
 
@@ -148,7 +150,7 @@ class Memory:
             self.scattered = True
             if self.num_samples is None:
                 self.prepare(index, self.dictionary.num_classes, index.device)
-        row, momentum = self.table.update(index, score, self.epoch, new)
+        row, momentum = self.table.update(index, score, self.epoch, new, right)
         self.dictionary.push(row, label.clone(), momentum, payload, offset=offset)  # the label may be the user's own
         return row
 
@@ -247,6 +249,12 @@ class Memory:
                 raise ValueError(
                     f"The checkpoint was made with {name}={saved!r}, this run has {live!r}: pass {saved!r}."
                 )
+        if config.get_pusher().needs_learned and "learned" not in state.get("table", {"learned": None}):
+            saved = state["config"]["pusher"]
+            raise ValueError(
+                f"The checkpoint was made with pusher={saved!r}, this run has {pusher_name(config)!r}, which needs to "
+                f"know what earlier visits of each sample found: pass {saved!r}."
+            )
         self = cls(config, num_samples)
         for name in _NUMBERS:
             setattr(self, name, state[name])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .functional import cross_entropy
 
+NEVER, ONCE, LAST = range(3)  # when a sample was classified as its label: see `Visit`
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -22,12 +24,20 @@ class Visit:
     - `label`: (b,), the given class numbers.
     - `loss`: (b,), the training loss: of the mixed inputs under MixUp, smoothed under label smoothing.
     - `lookahead_logits`: (b, C), the clean inputs under the look-ahead head Θ*; None if the pusher does not need it.
+    - `learned`: (b,) uint8, what earlier visits found: `NEVER` classified as its label, `ONCE` but not at the last
+        visit, or at the `LAST` one; None if the pusher does not need it.
     """
 
     logits: Tensor
     label: Tensor
     loss: Tensor
     lookahead_logits: Tensor | None = None
+    learned: Tensor | None = None
+
+    @property
+    def right(self) -> Tensor:
+        """Whether the clean input is classified as its label, (b,) bool."""
+        return self.logits.argmax(1) == self.label
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Pusher(ABC):
     """A valuation function: high where a sample would make good reward data (Eq. 4 takes the highest)."""
 
     needs_lookahead: ClassVar[bool] = False
+    needs_learned: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, visit: Visit) -> Tensor:
@@ -84,11 +95,47 @@ class AreaUnderMargin(Pusher):
         return visit.logits.gather(1, label)[:, 0] - others.amax(1)
 
 
+@dataclass(frozen=True)
+class MaxMargin(Pusher):
+    """The largest probability minus the second largest: the samples the model is most certain of, whatever their label.
+
+    The margin of active learning, at its largest in place of its smallest. The paper names it (Section 5.5) and gives
+    no formula, and the released code has none: this is the usual one, of probabilities. As the label is not looked at,
+    a sample of a wrong label is worth as much as one of a right label.
+    """
+
+    def __call__(self, visit: Visit) -> Tensor:
+        largest = visit.logits.softmax(1).topk(2, dim=1).values
+        return largest[:, 0] - largest[:, 1]
+
+
+@dataclass(frozen=True)
+class ForgettingEvent(Pusher):
+    """P = −1 where the sample is forgotten at this visit, else 0 (Toneva et al., ICLR 2019).
+
+    Forgotten: classified as its label at the last visit, and not now. A sample that never was classified as its label
+    counts as forgotten at every visit, as Toneva et al. rank such samples with those forgotten most. P̂ is then minus
+    the running rate of forgetting. The paper names the pusher (Section 5.5) and gives no formula; of it the released
+    code has only the array of last scores. Many samples share P̂ = 0: among them the dictionary takes those of the
+    lowest index.
+
+    What earlier visits found is kept in one more byte a sample.
+    """
+
+    needs_learned: ClassVar[bool] = True
+
+    def __call__(self, visit: Visit) -> Tensor:
+        assert visit.learned is not None
+        return -(~visit.right & (visit.learned != ONCE)).to(visit.logits.dtype)
+
+
 PUSHERS: dict[str, type[Pusher]] = {
     "meta_margin": MetaMargin,
     "authors_margin": AuthorsMargin,
     "negative_loss": NegativeLoss,
     "area_under_margin": AreaUnderMargin,
+    "max_margin": MaxMargin,
+    "forgetting_event": ForgettingEvent,
 }
 
 
@@ -103,7 +150,7 @@ def stored_epoch(epoch: int) -> int:
 
 
 class ScoreTable:
-    """P̂ and the last epoch of each sample: 6 bytes a sample.
+    """P̂ and the last epoch of each sample: 6 bytes a sample, 7 with what `ForgettingEvent` needs.
 
     A sample counts once an epoch, at its first visit; what comes of it again before the epoch ends leaves no trace. So
     it makes no difference which process a repeated sample falls to, nor how often a loader repeats it to fill a batch.
@@ -113,13 +160,17 @@ class ScoreTable:
 
     **Arguments:**
 
-    - `num_samples`: N. `momentum`: λ.
+    - `num_samples`: N. `momentum`: λ. `learned`: whether to keep when each sample was classified as its label.
     """
 
-    def __init__(self, num_samples: int, momentum: float, device: torch.device | str = "cpu"):
+    def __init__(
+        self, num_samples: int, momentum: float, device: torch.device | str = "cpu", *, learned: bool = False
+    ) -> None:
         self.momentum = momentum
         self.score = torch.full((num_samples + 1,), torch.nan, device=device)
         self.epoch = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
+        self.learned = torch.full((num_samples + 1,), NEVER, dtype=torch.uint8, device=device) if learned else None
+        self._columns = ("score", "epoch", "learned") if learned else ("score", "epoch")
 
     @property
     def num_samples(self) -> int:
@@ -130,8 +181,9 @@ class ScoreTable:
         """Make room for at least `num_samples`."""
         if num_samples <= self.num_samples:
             return
-        held, bigger = self.num_samples, ScoreTable(num_samples, self.momentum, self.score.device)
-        for name in ("score", "epoch"):
+        held, learned = self.num_samples, self.learned is not None
+        bigger = ScoreTable(num_samples, self.momentum, self.score.device, learned=learned)
+        for name in self._columns:
             getattr(bigger, name)[:held] = getattr(self, name)[:-1]
             setattr(self, name, getattr(bigger, name))
 
@@ -139,14 +191,16 @@ class ScoreTable:
         """Whether a sample was not visited in this epoch yet. (b,) int64 in [-1, N) → (b,) bool."""
         return self.epoch[index] != stored_epoch(epoch)
 
-    def update(self, index: Tensor, score: Tensor, epoch: int, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def update(
+        self, index: Tensor, score: Tensor, epoch: int, new: Tensor | None = None, right: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """P̂ ← λP̂ + (1−λ)P (Section 4.1) at a sample's first visit of the epoch; P̂ = P at its first of all.
 
         **Arguments:**
 
         - `index`: (b,) int64 in [0, N), or -1 for what must leave no trace. `epoch`: the current one.
         - `score`: P (b,); what is not finite leaves no trace.
-        - `new`: `is_new` of them, if it is known.
+        - `new`: `is_new` of them, if it is known. `right`: (b,) bool, `Visit.right`, if the table keeps it.
 
         **Returns:** the rows written to (b,), and P̂ of the samples after the visit (b,); -1 and −inf where nothing was
         kept.
@@ -159,20 +213,22 @@ class ScoreTable:
         momentum = torch.where(old.isnan(), score, torch.lerp(score.float(), old, self.momentum)).float()
         self.score[row] = momentum
         self.epoch[row] = stored_epoch(epoch)
+        if self.learned is not None and right is not None:
+            self.learned[row] = torch.where(right, LAST, self.learned[row].clamp(max=ONCE))
         return row, momentum.masked_fill_(row < 0, -torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The columns, without the spare row."""
-        return {name: getattr(self, name)[:-1].clone() for name in ("score", "epoch")}
+        return {name: getattr(self, name)[:-1].clone() for name in self._columns}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the columns back. The table must be of the same N."""
-        for name in ("score", "epoch"):
+        for name in self._columns:
             getattr(self, name)[:-1] = state[name]
 
     def to(self, device: torch.device) -> None:
         """Moves the table."""
-        for name in ("score", "epoch"):
+        for name in self._columns:
             setattr(self, name, getattr(self, name).to(device))
 
 

@@ -274,16 +274,19 @@ class Reweighting:
             ahead = step.logits(
                 features if batch.mix is None else self.head.features(clean.features, logits.dtype), clean_logits
             )
-        score = self._pusher(Visit(clean_logits, batch.label, losses, ahead))
+        learned = None if memory.table.learned is None else memory.table.learned[index]
+        visit = Visit(clean_logits, batch.label, losses, ahead, learned)
+        score = self._pusher(visit)
 
         rule = "uniform" if scores is None else self.config.weight_rule
         unnormalized, sums = _unnormalized(rule, losses if scores is None else scores, valid)
-        mine, length = (index, batch.label, score), max(counts)
-        sums, (index, label, score) = distributed.gather(sums, mine, length)
+        mine, length = (index, batch.label, score, *(() if learned is None else (visit.right,))), max(counts)
+        sums, (index, label, score, *right) = distributed.gather(sums, mine, length)
         weights = self._normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
         payload = self._replay.payload(clean)
-        row = memory.visit(index, label, score, payload, offset=offset, new=new if alone else None)
+        new_here, right_there = new if alone else None, right[0] if right else None
+        row = memory.visit(index, label, score, payload, offset=offset, new=new_here, right=right_there)
         pseudo = share = None
         if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
             if not alone:

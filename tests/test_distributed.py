@@ -101,6 +101,7 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
     parameters = [distributed.whole(parameter.detach()).flatten() for parameter in core.parameters()]
     out = {"parameters": torch.cat(parameters), "scores": state["table"]["score"]}
     out |= {"last_epoch": state["table"]["epoch"], "epoch": fsr.epoch}
+    out |= {name: column for name, column in state["table"].items() if name == "learned"}
     out |= {"members": fsr.dictionary.index, "payload": draw.payload[0], "momentum": fsr.dictionary.score}
     return out | ({"pseudo": state["pseudo"]["logits"]} if "pseudo" in state else {})
 
@@ -125,7 +126,7 @@ CASES = [
     ({"num_samples": None, "dictionary_size": 10}, True),
     # Inner products in place of the head's gradient, since there are few reward samples.
     ({"reward_batch_size": 13, "pusher": "meta_margin", "relabel_storage": 3}, False),
-    ({"reward_batch_size": 13, "relabel_storage": "int8"}, False),
+    ({"reward_batch_size": 13, "pusher": "forgetting_event", "relabel_storage": "int8"}, False),
 ]
 
 

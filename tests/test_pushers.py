@@ -5,13 +5,15 @@ import torch
 from helpers import assert_close, slow_cross_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_wrapper import digits, make
 
-from fsr_wrap.pushers import PUSHERS, NegativeLoss, ScoreTable, Visit, get_pusher, is_first_visit
+from fsr_wrap.pushers import LAST, NEVER, ONCE, PUSHERS, NegativeLoss, ScoreTable, Visit, get_pusher, is_first_visit
 
 
 @pytest.fixture
 def visit():
-    return Visit(torch.randn(9, 4), torch.randint(4, (9,)), torch.rand(9), torch.randn(9, 4))
+    learned = torch.tensor([NEVER, ONCE, LAST] * 20, dtype=torch.uint8)
+    return Visit(torch.randn(60, 4), torch.randint(4, (60,)), torch.rand(60), torch.randn(60, 4), learned)
 
 
 def loss_of(logits, label):
@@ -24,11 +26,24 @@ def margin(logits, label):
     )
 
 
+def certainty(logits):
+    probabilities = [sorted(row.tolist()) for row in logits.double().exp() / logits.double().exp().sum(1, keepdim=True)]
+    return torch.tensor([row[-1] - row[-2] for row in probabilities])
+
+
+def forgetting(logits, label, learned):
+    best = [max(range(len(row)), key=lambda c: row[c]) for row in logits.tolist()]
+    wrong = [found != given for found, given in zip(best, label.tolist(), strict=True)]
+    return torch.tensor([-1.0 if now and before != ONCE else 0.0 for now, before in zip(wrong, learned, strict=True)])
+
+
 ORACLES = {
     "meta_margin": lambda v: loss_of(v.logits, v.label) - loss_of(v.lookahead_logits, v.label),
     "authors_margin": lambda v: v.loss - loss_of(v.lookahead_logits, v.label),
     "negative_loss": lambda v: -loss_of(v.logits, v.label),
     "area_under_margin": lambda v: margin(v.logits, v.label),
+    "max_margin": lambda v: certainty(v.logits),
+    "forgetting_event": lambda v: forgetting(v.logits, v.label, v.learned.tolist()),
 }
 
 
@@ -38,7 +53,8 @@ def test_pusher_against_its_oracle(name, visit):
     pusher = get_pusher(name)
     assert_close(pusher(visit), ORACLES[name](visit), 1e-5)
     assert_close(visit.logits, before, 0.0)
-    assert pusher.needs_lookahead == ("margin" in name and "area" not in name)
+    assert pusher.needs_lookahead == (name in ("meta_margin", "authors_margin"))
+    assert pusher.needs_learned == (name == "forgetting_event")
 
 
 def test_get_pusher_takes_a_pusher():
@@ -178,3 +194,85 @@ def test_state_round_trip():
     assert_close(copy.state_dict(), state, 0.0)
     assert visit_all(copy, [1, 0], [3.0, 4.0], 1) == visit_all(table, [1, 0], [3.0, 4.0], 1) == [2.0, 4.0]
     assert_close(state["score"], torch.tensor([math.nan, 1.0, 2.0, math.nan]))  # a copy, not a view
+
+
+# --- forgetting, over whole runs -------------------------------------------------------------------------------------
+
+
+def forget(fsr, model, batches):
+    """Trains, and gives what each visit found: index → right or not, at its first visit of each epoch."""
+    x, y, _ = digits(0.3)
+    visits = {}
+    for index in batches:
+        logits = model(x[index])
+        for i, right in zip(index.tolist(), (logits.argmax(1) == y[index]).tolist(), strict=True):
+            visits.setdefault(i, {}).setdefault(fsr.epoch, right)
+        fsr.loss(logits, y[index], index).backward()
+        fsr.step()
+        fsr.zero_grad()
+    return visits
+
+
+def order(samples, epochs):
+    generator = torch.Generator().manual_seed(3)
+    return [i for _ in range(epochs) for i in torch.randperm(samples, generator=generator).split(50)]
+
+
+def test_forgetting_over_a_run_against_a_slow_twin():
+    model, fsr = make(norm=False, pusher="forgetting_event", score_momentum=0.75)
+    samples = len(digits(0.3)[0])
+    visits = forget(fsr, model, order(samples, 6))
+    expected, states = [], []
+    for i in range(samples):
+        average, before, ever = None, False, False
+        for right in visits[i].values():
+            event = -1.0 if not right and (before or not ever) else 0.0
+            average = event if average is None else 0.75 * average + 0.25 * event
+            before, ever = right, ever or right
+        expected.append(average)
+        states.append(LAST if before else ONCE if ever else NEVER)
+    assert_close(fsr.scores, torch.tensor(expected), 1e-6)
+    state = fsr.state_dict()["fsr"]["table"]
+    assert state["learned"].tolist() == states
+    assert state["learned"].dtype == torch.uint8
+    assert len(set(states)) == 3
+    assert -1 < sorted(expected)[len(expected) // 2] <= 0
+
+
+def test_forgetting_resumes_bit_for_bit(tmp_path):
+    batches = order(len(digits(0.3)[0]), 4)
+    model, fsr = make(norm=False, pusher="forgetting_event")
+    stop = len(batches) // 2 - 3
+    forget(fsr, model, batches[:stop])
+    fsr.save(tmp_path)
+    other, again = make(norm=False, pusher="forgetting_event")
+    other.load_state_dict(model.state_dict())
+    again.load(tmp_path)
+    forget(fsr, model, batches[stop:])
+    forget(again, other, batches[stop:])
+    assert_close(again.state_dict()["fsr"], fsr.state_dict()["fsr"], 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_only_forgetting_keeps_what_visits_found():
+    batches = order(len(digits(0.3)[0]), 1)
+    model, fsr = make(norm=False, pusher="max_margin")
+    forget(fsr, model, batches)
+    state = fsr.state_dict()
+    assert set(state["fsr"]["table"]) == {"score", "epoch"}
+    _, other = make(norm=False, pusher="forgetting_event")
+    with pytest.raises(ValueError, match=r"pusher='max_margin', this run has 'forgetting_event'.*pass 'max_margin'"):
+        other.load_state_dict(state)
+    assert other.epoch == 0
+
+
+def test_what_visits_found_moves_with_the_table_as_it_grows():
+    table = ScoreTable(2, 0.5, learned=True)
+    right = torch.tensor([True, False, True])
+    table.update(torch.tensor([0, 1, -1]), torch.zeros(3), 0, right=right)
+    table.update(torch.tensor([0, 1]), torch.zeros(2), 1, right=~right[:2])
+    assert table.state_dict()["learned"].tolist() == [ONCE, LAST]
+    table.grow(4)
+    assert table.state_dict()["learned"].tolist() == [ONCE, LAST, NEVER, NEVER]
+    table.update(torch.tensor([0, 0, 2]), torch.zeros(3), 1, right=torch.tensor([True, True, False]))
+    assert table.state_dict()["learned"].tolist() == [ONCE, LAST, NEVER, NEVER]  # one visit an epoch counts

@@ -6,6 +6,8 @@ The first 20,000 images of a fixed permutation, labels redrawn uniformly from al
 
     python examples/benchmarks/noisy_fashion_mnist.py --data-dir DIR --out fashion.json
 
+`--pushers` makes Figure 5 (right) of the paper: all pushers, with MixUp and without.
+
 With `--pairs` an input is two images side by side, one of 100 classes.
 
 `--data-dir` holds the four gzipped IDX files; without it the data set comes from the Hugging Face hub.
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from fsr_wrap import FSRWrapper
+from fsr_wrap.pushers import PUSHERS
 
 TRAIN_SIZE, BATCH_SIZE, EPOCHS = 20_000, 100, 30
 
@@ -40,6 +43,14 @@ class Method:
     name: str
     fsr: dict[str, Any] | None = None
     mixup: bool = False
+
+
+def pusher_rows(name: str) -> dict[str, Method]:
+    """Figure 5 (right): the default recipe with this pusher, without MixUp and with."""
+    return {
+        f"pusher-{name}": Method(f"FSR, {name}", {"pusher": name}),
+        f"pusher-{name}-mixup": Method(f"FSR, {name} + MixUp", {"pusher": name}, True),
+    }
 
 
 METHODS = {
@@ -61,6 +72,7 @@ METHODS = {
     "largest-1": Method("FSR, default, the largest value of ŷ", {"relabel_storage": 1}),
     "largest-3": Method("FSR, default, the 3 largest values of ŷ", {"relabel_storage": 3}),
     "largest-10": Method("FSR, default, the 10 largest values of ŷ", {"relabel_storage": 10}),
+    **{key: method for name in PUSHERS for key, method in pusher_rows(name).items()},
     "default": Method("FSR, default (area under margin + re-labelling, cached)", {}),
 }
 
@@ -228,7 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder of the four gzipped IDX files; default: the hub")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.4, 0.0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    usual = [name for name in METHODS if not name.startswith("pusher-")]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual)
+    parser.add_argument("--pushers", action="store_true", help="all pushers with MixUp and without (Figure 5, right)")
     parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"], help="at noise 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
@@ -245,7 +259,8 @@ def main() -> None:
             noise: {key: [Result(**run) for run in runs] for key, runs in rows.items()} for noise, rows in saved.items()
         }
     for noise in args.noise:
-        methods = args.methods if noise else args.clean_methods
+        methods = [name for name in METHODS if name.startswith("pusher-")] if args.pushers else args.methods
+        methods = methods if noise else args.clean_methods
         rows = results.setdefault(str(noise), {})
         for seed in args.seeds:
             data = make_data(arrays, noise, seed)
