@@ -3,6 +3,7 @@
     python examples/cifar.py --data DIR --noise column:worse_label --model test_resnet
     accelerate launch examples/cifar.py --noise uniform:0.4 --model resnet32            # CIFAR-10 from the hub
     accelerate launch examples/cifar.py --data uoft-cs/cifar100 --label fine_label --imbalance 50 --deferred
+    python examples/cifar.py --noise uniform:0.4 --model resnet32 --method elr          # one of examples/methods
 
 `--data` is a data set of the Hugging Face hub, or a folder that `datasets` can read: parquet files named train* and
 test*, or an imagefolder with train/ and test/. The images are decoded once, resized to `--image-size` and kept in
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, Progress, add_flags, get_settings
 from common import long_tail_counts, shot_accuracy
+from methods import METHODS, Method, Task, make_method
 from networks import make_network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LambdaLR, LRScheduler
@@ -35,12 +39,14 @@ from fsr_wrap import FSRConfig, FSRWrapper, with_index
 
 # The released code's asymmetric noise on CIFAR-10: truck→automobile, bird→airplane, deer→horse, cat↔dog.
 CIFAR10_CONFUSIONS = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+PEERS = [name for name in METHODS if not name.startswith("fsr") and name != "ce"]
 MAY_CHANGE = {"data", "many_shot", "few_shot", "out", "quiet"}  # in a resumed run
 
 
 @dataclass(frozen=True)
 class Data:
-    """uint8 images (N, 3, S, S), the given and the clean training labels, and the test set."""
+    """uint8 images (N, 3, S, S), the given and the clean training labels, the test set, and what is kept aside for
+    methods that need clean labels."""
 
     images: Tensor
     given: Tensor
@@ -48,6 +54,8 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+    aside_images: Tensor
+    aside_labels: Tensor
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -67,7 +75,11 @@ def read(args: argparse.Namespace) -> Data:
     rng = np.random.default_rng(args.seed)
     clean = np.asarray(train[args.label][:])
     num_classes = int(max(clean.max(), max(test[args.label][:]))) + 1
-    chosen = rng.permutation(len(clean))[: args.limit]
+    order, spare = rng.permutation(len(clean)), args.clean_images
+    limit = len(clean) - spare if args.limit is None else args.limit
+    chosen, aside = order[:limit], order[limit : limit + spare]
+    if len(aside) < spare:
+        raise SystemExit(f"Of {len(clean)} images --limit {limit} leaves {len(aside)}, not --clean-images {spare}.")
     if args.imbalance > 1:
         chosen = long_tail(chosen, clean, num_classes, args.imbalance)
     chosen.sort()
@@ -83,6 +95,8 @@ def read(args: argparse.Namespace) -> Data:
         decode(test, args.image_size),
         torch.tensor(test[args.label][:]),
         num_classes,
+        decode(train.select(aside), args.image_size),
+        torch.tensor(clean[aside]),
     )
 
 
@@ -178,6 +192,40 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
     return LambdaLR(optimizer, factor)
 
 
+def make_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
+    """SGD with momentum."""
+    flags = {"lr": args.lr, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
+    return torch.optim.SGD(parameters, momentum=0.9, **flags)
+
+
+def make_peer(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Method:
+    """One of the methods that FSR is compared with. It is told the true share of wrong labels if it needs that."""
+
+    def recipe(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        sgd = make_optimizer(args, parameters)
+        return sgd, make_schedule(args, sgd, max(1, steps // args.epochs))
+
+    def make_model() -> nn.Module:
+        return make_network(args.model, data.num_classes).to(device, memory_format=torch.channels_last)
+
+    images = data.images
+    task = Task(
+        model=model,
+        labels=data.given.to(device),
+        num_classes=data.num_classes,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        inputs=lambda index: standardise(images[index.cpu()].to(device)),
+        augmented=lambda index: augment(images[index.cpu()].to(device), args.augment),
+        make_model=make_model,
+        recipe=recipe,
+        clean=(standardise(data.aside_images.to(device)), data.aside_labels.to(device)) if args.clean_images else None,
+        noise_rate=(data.given != data.clean).float().mean().item(),
+        seed=args.seed,
+    )
+    return make_method(args.method, task)
+
+
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -191,10 +239,11 @@ class Measured(Progress):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, device: torch.device) -> Tensor:
+def evaluate(model: nn.Module, data: Data, device: torch.device, peer: Method | None) -> Tensor:
     """Whether each test image is classified rightly, (n,) bool on the host."""
+    predict: Callable[[Tensor], Tensor] = model if peer is None else partial(peer.predict, model)
     model.eval()
-    parts = [model(standardise(part.to(device))).argmax(1).cpu() for part in data.test_images.split(500)]
+    parts = [predict(standardise(part.to(device))).argmax(1).cpu() for part in data.test_images.split(500)]
     model.train()
     return torch.cat(parts) == data.test_labels
 
@@ -204,10 +253,11 @@ def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=args.mixed_precision, step_scheduler_with_optimizer=False)
     set_seed(args.seed)
     config = make_config(args)
-    model = make_network(args.model, data.num_classes).to(memory_format=torch.channels_last)
-    inner = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=args.nesterov
-    )
+    model = make_network(args.model, data.num_classes).to(accelerator.device, memory_format=torch.channels_last)
+    peer = make_peer(args, data, model, accelerator.device) if args.method in PEERS else None
+    if peer is not None and accelerator.num_processes > 1:
+        raise SystemExit(f"--method {args.method} is for one process, not {accelerator.num_processes}.")
+    inner = make_optimizer(args, [*model.parameters(), *(peer.parameters() if peer else [])])
     train_set = with_index(TensorDataset(data.images, data.given))
     fsr = FSRWrapper(model, inner, dataset=train_set, config=config) if args.method == "fsr" else None
     # Generators of its own, so that starting an epoch again leaves the global stream, which `augment` uses, alone.
@@ -219,7 +269,12 @@ def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     progress = Measured(settings, len(loader))
     folder = args.output_dir and args.output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, progress, fsr, folder, args.checkpoint_steps, args.keep)
+    if peer is not None:
+        peer.attach(inner)
+        accelerator.register_for_checkpointing(peer)
     checkpoints.restore(args.resume)
+    if peer is not None and progress.total_steps == 0:
+        peer.prepare()
 
     epochs = range(progress.epoch, args.epochs)
     quiet = args.quiet or not accelerator.is_main_process
@@ -227,21 +282,25 @@ def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     for _ in bar:
         if progress.step == 0:
             progress.order = draw_seed()
+            if peer is not None:
+                peer.start_epoch(progress.epoch)
         order.generator.manual_seed(progress.order)
         for images, given, index in accelerator.skip_first_batches(loader, progress.step):
-            loss = train_loss(args, config, model, fsr, augment(images, args.augment), given, index)
+            loss = train_loss(args, config, model, fsr or peer, augment(images, args.augment), given, index)
             accelerator.backward(loss)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.step += 1
             checkpoints.save_in_epoch()
-        progress.curve.append(evaluate(model, data, accelerator.device).float().mean().item())
+        if peer is not None:
+            peer.end_epoch(progress.epoch)
+        progress.curve.append(evaluate(model, data, accelerator.device, peer).float().mean().item())
         progress.metrics = {} if fsr is None else fsr.metrics()
         progress.end_epoch()
         checkpoints.save()
         bar.set_postfix(test=f"{progress.curve[-1]:.4f}", best=f"{max(progress.curve):.4f}")
-    correct = evaluate(model, data, accelerator.device) if args.imbalance > 1 else None
+    correct = evaluate(model, data, accelerator.device, peer) if args.imbalance > 1 else None
     return summarise(args, data, progress, fsr, correct)
 
 
@@ -270,18 +329,20 @@ def train_loss(
     args: argparse.Namespace,
     config: FSRConfig,
     model: nn.Module,
-    fsr: FSRWrapper | None,
+    method: FSRWrapper | Method | None,
     images: Tensor,
     given: Tensor,
     index: Tensor,
 ) -> Tensor:
-    """FSR's loss, or the cross-entropy that it replaces, with the same label smoothing."""
-    if fsr is None:
+    """The method's loss; without one, the cross-entropy that FSR replaces, with the same label smoothing."""
+    if method is None:
         return F.cross_entropy(model(images), given, label_smoothing=config.label_smoothing)
+    if isinstance(method, Method):
+        return method.loss(model, images, given, index)
     target = given
     if args.mixup:
-        images, target = fsr.mixup(images, given)
-    return fsr.loss(model(images), target, index)
+        images, target = method.mixup(images, given)
+    return method.loss(model(images), target, index)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -308,7 +369,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--augment", choices=["none", "flip", "crop"], default="crop")
     parser.add_argument("--model", default="wrn28_10", help="resnet20, resnet32, wrn28_10 or any timm model")
-    parser.add_argument("--method", choices=["fsr", "ce"], default="fsr")
+    parser.add_argument("--method", choices=["fsr", "ce", *PEERS], default="fsr", help="see examples/methods")
+    parser.add_argument("--clean-images", type=int, help="kept out of training for methods that need some: 1,000")
     parser.add_argument("--fsr", help='JSON of FSRConfig fields, as in \'{"pusher": "negative_loss"}\'')
     parser.add_argument("--mixup", action="store_true", help="MixUp and the authors' margin, the paper's own recipe")
     parser.add_argument("--deferred", action="store_true", help="re-weight from the first decay on (FSR-DF)")
@@ -332,6 +394,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--noise {args.noise}: give none, uniform:RATE, asymmetric:RATE or column:NAME")
     if args.output_dir is None and (args.resume or args.checkpoint_steps):
         parser.error("--resume and --checkpoint-steps need --output-dir, where the checkpoints are")
+    needed = 1000 if METHODS[args.method].needs_clean else 0
+    args.clean_images = needed if args.clean_images is None else args.clean_images
+    if needed and not args.clean_images:
+        parser.error(f"--method {args.method} needs clean images: pass --clean-images")
     tail_alone = args.imbalance > 1 and args.noise == "none"
     args.epochs = args.epochs or (200 if tail_alone else 127)
     args.schedule = args.schedule or ("steps" if tail_alone else "restarts")

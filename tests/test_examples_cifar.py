@@ -73,6 +73,37 @@ def test_long_tail_with_noise_mixup_and_plain_training(parquet: Path) -> None:
     assert plain["fsr"] == {}
 
 
+@pytest.mark.parametrize("method", ["co-teaching", "l2r", "f-correction", "crust"])
+def test_other_methods(method: str, parquet: Path, tmp_path: Path) -> None:
+    """A killed run ends where the other did, whatever the method keeps."""
+    flags = [*SHORT, "--epochs", "2", "--method", method, "--limit", "150", "--batch-size", "50"]
+    flags += ["--clean-images", "40"] if method == "l2r" else []
+    expected = run(parquet, *flags)
+    assert len(expected["curve"]) == 2
+    assert expected["fsr"] == {}
+    assert "purity" not in expected
+    resumable = [*flags, "--output-dir", str(tmp_path), "--checkpoint-steps", "1"]
+    run_until_killed(parquet, *resumable, at=STEP, call=6)
+    assert run(parquet, *resumable, "--resume") == expected
+
+
+def test_clean_images_stay_out_of_training(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def data(*flags: str) -> cifar.Data:
+        return cifar.read(cifar.parse(["--data", str(parquet), "--noise", "column:wrong_label", *flags]))
+
+    with_clean = data("--method", "mwn", "--clean-images", "100")
+    assert len(with_clean.images) == 500
+    together = torch.cat([with_clean.images, with_clean.aside_images])
+    assert len(together) == len(data().images) == 600
+    labels = torch.cat([with_clean.clean, with_clean.aside_labels])
+    assert labels.bincount().tolist() == data().clean.bincount().tolist()
+    with pytest.raises(SystemExit, match="leaves 0, not --clean-images 1000"):
+        data("--method", "l2r", "--limit", "600")
+    with pytest.raises(SystemExit):
+        data("--method", "l2r", "--clean-images", "0")
+    assert "needs clean images" in capsys.readouterr().err
+
+
 def test_imagefolder(tmp_path: Path) -> None:
     digits = load_digits()
     for row in range(120):

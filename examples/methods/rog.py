@@ -95,7 +95,7 @@ class RoG(Method):
 
     def answer(self, layer: int, features: Tensor) -> Tensor:
         """softmax at one depth, (n, C)."""
-        weight, bias = self.classifiers[layer]
+        weight, bias = (value.to(features.device) for value in self.classifiers[layer])
         return (features.float() @ weight.T + bias).softmax(1)
 
     @staticmethod
