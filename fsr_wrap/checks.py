@@ -22,7 +22,8 @@ def as_logits(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise TypeError(
-        f"loss() takes the logits, a tensor, or an output that has `.logits`; it got {type(output).__name__}."
+        f"loss() takes the logits, a tensor, or an output that has `.logits`; it got {type(output).__name__}. "
+        "Pick the logits out of it."
     )
 
 
@@ -33,6 +34,12 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
 
     **Raises:** `TypeError` or `ValueError` saying what was found and what is expected.
     """
+    if logits.ndim > 2:
+        raise ValueError(
+            f"logits must be (b, C), one row a sample, not {tuple(logits.shape)}: FSR weighs whole samples, each of "
+            "one class. For one class an image or a text, let the model pool its features before the head; train "
+            "outputs for each pixel or token with their own cross-entropy, beside this loss or in its place."
+        )
     if logits.ndim != 2 or (logits.shape[0] == 0 and world_size() == 1):
         raise ValueError(f"logits must be (b, C) with b >= 1, not {tuple(logits.shape)}.")
     if not logits.is_floating_point():

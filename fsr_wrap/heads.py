@@ -27,6 +27,11 @@ REFUSED = {
     "DeepSpeedEngine": "DeepSpeed takes the optimizer's place and hides the parameters: use DistributedDataParallel or "
     "fully_shard (FSDP2).",
 }
+PAIRS = (  # of a classifier and one for distillation, whose mean the logits are
+    ("head", "head_dist"),
+    ("cls_classifier", "distillation_classifier"),
+    ("classifier", "classifier_distill"),
+)
 CLASSIFIER_NAMES = ("classifier", "score", "fc", "head", "heads", "output_layer")
 
 
@@ -86,7 +91,7 @@ def resolve_head(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Modul
     - `model`: the user's own module, unwrapped.
     - `head`: a dotted name (`module.` and `_orig_mod.` prefixes are ignored), a module of the model, or `"auto"`: what
         timm's `get_classifier()` returns, else the last linear layer of a module named like a classifier, else the
-        last linear layer.
+        last linear layer. Where a model has several classifiers and puts out their mean, it is a `Mean` of them.
 
     **Raises:** `ValueError` naming candidates if there is no such head; `TypeError` for anything else.
     """
@@ -140,7 +145,7 @@ def _is_linear(module: nn.Module) -> bool:
         assert isinstance(module, nn.Conv2d)
         plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
         return plain and module.groups == 1
-    return kind is nn.Linear
+    return kind is nn.Linear or (kind.__module__, kind.__name__) == ("timm.layers.linear", "Linear")
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -153,26 +158,62 @@ def _candidates(model: nn.Module) -> str:
     return f'{found} head="dotted.name" of the module whose output are the logits.'
 
 
+class Mean(nn.ModuleList):
+    """Linear classifiers of one model, each on features of its own, whose mean are the logits: what distilled models
+    have, and those of several branches."""
+
+
 def _auto(model: nn.Module) -> tuple[str, nn.Module]:
     places: list[nn.Module] = []
+    several: list[nn.Module] = []
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            "The model has no classifier: create it with num_classes > 0, put a linear layer behind it, or pass head=."
+        )
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()  # type: ignore[operator]
-        if isinstance(classifier, (tuple, list)):
-            raise ValueError(
-                f"The model has {len(classifier)} classifiers: pass one of them as head. {_candidates(model)}"
-            )
-        if isinstance(classifier, nn.Identity):
+        if isinstance(classifier, (tuple, list, nn.ModuleList)):
+            several = list(classifier)
+        elif isinstance(classifier, nn.Identity):
             raise ValueError("The model has no classifier: create it with num_classes > 0, or pass head=.")
-        if isinstance(classifier, nn.Module):
+        elif isinstance(classifier, nn.Module):
             places.append(classifier)
+        if isinstance(auxiliary := getattr(model, "aux_head", None), nn.Module):
+            several = [*places, auxiliary]
+    several = several or _pair([*places, model])
+    names = {id(module): name for name, module in model.named_modules()}
+    if several:
+        return _mean(model, several, names)
     places += [part for name in CLASSIFIER_NAMES if isinstance(part := getattr(model, name, None), nn.Module)]
     places.append(model)
-    names = {id(module): name for name, module in model.named_modules()}
     for place in places:
         linears = [module for _, module in _linears(place)]
         if linears and id(linears[-1]) in names:
             return names[id(linears[-1])], linears[-1]
     raise ValueError(f"No head was found in {type(model).__name__}. {_candidates(model)}")
+
+
+def _pair(places: list[nn.Module]) -> list[nn.Module]:
+    """A classifier and its companion for distillation, if one of these places has both."""
+    for place in places:
+        for pair in PAIRS:
+            parts = [part for name in pair if isinstance(part := getattr(place, name, None), nn.Module)]
+            if len(parts) == 2 and all(_linears(part) for part in parts):
+                return parts
+    return []
+
+
+def _mean(model: nn.Module, classifiers: list[nn.Module], names: dict[int, str]) -> tuple[str, nn.Module]:
+    """The last linear layers of several classifiers, as one head."""
+    weighted = any(hasattr(model, name) for name in ("weights", "aux_head"))  # timm's EfficientViM and VOLO
+    parts = [linear for classifier in classifiers for _, linear in _linears(classifier)[None if weighted else -1 :]]
+    found = [names[id(part)] for part in parts if id(part) in names]
+    if weighted or len(found) < len(classifiers) or not all(_is_linear(part) for part in parts):
+        raise ValueError(
+            f"{type(model).__name__} has several classifiers, and its logits are not their plain mean: pass "
+            f"head={found}, a deeper Θ^meta, with which a step costs more, or one of them if its output are the logits."
+        )
+    return (" + ".join(found), Mean(parts)) if len(parts) > 1 else (found[0], parts[0])
 
 
 # --- the head as a function ------------------------------------------------------------------------------------------
@@ -311,13 +352,23 @@ class Head:
 
     def __init__(self, name: str, module: nn.Module, part: frozenset[str] | None = None):
         self.name, self.module, self.part = name, module, part
-        self.is_linear = _is_linear(module)
-        self.has_bias = getattr(module, "bias", None) is not None
+        self.parts = tuple(module) if isinstance(module, Mean) else (module,)
+        self.is_linear = all(_is_linear(one) for one in self.parts)
+        self.has_bias = len(self.parts) == 1 and getattr(module, "bias", None) is not None
         if not self.is_linear and any(_is_fully_sharded(part) for part in module.modules()):
             raise TypeError(f"The head {name!r} is no linear layer: do not call fully_shard on it or its parts alone.")
 
+    @property
+    def num_classes(self) -> int:
+        """C of a linear head."""
+        return self.parts[0].weight.shape[0]  # type: ignore[index,return-value]
+
     def params(self, dtype: torch.dtype) -> Params:
-        """φ, detached."""
+        """φ, detached. Of K linear heads (W_k, b_k) it is the one matrix (W_1 ... W_K, b_1 ... b_K), see `features`."""
+        if len(self.parts) > 1:
+            each = [Head("", part).params(dtype) for part in self.parts]
+            biases = [params["bias"][:, None] for params in each if "bias" in params]
+            return {"weight": torch.cat([*(params["weight"] for params in each), *biases], 1)}
         if self.is_linear:
             weight, bias = self.module.weight, self.module.bias
             params = {"weight": whole(weight.detach()).to(dtype).flatten(1)}  # type: ignore[operator]
@@ -329,9 +380,15 @@ class Head:
         }
 
     def features(self, captured: Tensor, dtype: torch.dtype) -> Tensor:
-        """The captured input in the dtype of the meta arithmetic; flat for a linear head, integers as they are."""
+        """The captured input in the dtype of the meta arithmetic; flat for a linear head, integers as they are.
+
+        The mean of K linear heads is linear in all their parameters: one matrix times (h_1 ... h_K, 1 ... 1) / K.
+        """
         if captured.is_floating_point():
             captured = captured.to(dtype)
+        if len(self.parts) > 1:
+            ones = captured.new_ones(len(captured), sum(part.bias is not None for part in self.parts))
+            return torch.cat([captured, ones], 1) / len(self.parts)
         return captured.flatten(1) if self.is_linear else captured
 
     def call(self, params: Params, features: Tensor) -> Tensor:
@@ -377,12 +434,18 @@ class Head:
         """
         where = f"the head {self.name!r} ({type(self.module).__name__})"
         advice = 'Pass head="dotted.name" of the module whose output are the logits'
+        if len(self.parts) > 1:
+            advice = (
+                "Pass the mean of these classifiers' outputs to loss(), as the model gives it in evaluation (timm: "
+                "model.set_distilled_training(False)), or head= the one whose output the logits are"
+            )
         if capture.output.numel() != logits.numel():
             raise ValueError(
                 f"{where[0].upper()}{where[1:]} puts out {tuple(capture.output.shape)}, but the logits are "
                 f"{tuple(logits.shape)}. {advice}."
             )
-        if self.is_linear and capture.features.flatten(1).shape[1] != self.module.weight[0].numel():  # type: ignore[index]
+        width = sum(part.weight[0].numel() for part in self.parts) if self.is_linear else 0  # type: ignore[index,misc]
+        if self.is_linear and capture.features.flatten(1).shape[1] != width:
             raise ValueError(
                 f"{where[0].upper()}{where[1:]} takes {tuple(capture.features.shape)}: one feature vector a sample is "
                 f"needed. {advice}, applied to a pooled feature."

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .heads import Head
-from .tap import Capture, Tap
+from .tap import Capture, Tap, take_rows
 
 
 class Replay:
@@ -62,10 +62,14 @@ class Replay:
             torch.autocast(device.type, like.autocast, enabled=like.autocast is not None),
             self._tap.divert() as box,
         ):
-            functional_call(self._core, buffers, args, kwargs)
+            output = functional_call(self._core, buffers, args, kwargs)
         if not box:
             raise RuntimeError(f"The extra forward did not pass through the head {self._head.name!r}.")
-        return replace(box[0], args=args, kwargs=kwargs)
+        capture = box[0]
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                capture = take_rows(capture, leaf)
+        return replace(capture, args=args, kwargs=kwargs)
 
 
 def takes(capture: Capture, tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep
 from .memory import Memory
 from .pushers import Pusher, Visit
 from .replay import Replay, takes
-from .tap import Capture, Tap
+from .tap import Capture, Tap, check_rows, take_rows
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Reweighting:
         self._listen()
 
     def _listen(self) -> None:
-        self._tap = Tap(self.core, self.head.module)
+        self._tap = Tap(self.core, *self.head.parts)
         # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
         keeps_features = self.config.reward == "cached" or self.head.module is self.core
         self._replay = Replay(self.core, self.head, self._tap, keeps_features)
@@ -87,7 +87,7 @@ class Reweighting:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for module in (self.core, self.head.module):  # the copied hooks lead nowhere: put new ones in their place
+        for module in (self.core, *self.head.parts):  # the copied hooks lead nowhere: put new ones in their place
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self._tap]:
                     del hooks[key]
@@ -147,20 +147,21 @@ class Reweighting:
         if self.memory.num_classes is not None:
             return self.memory.num_classes
         if self.head.is_linear:
-            return self.head.module.weight.shape[0]  # type: ignore[union-attr,index,return-value]
+            return self.head.num_classes
         raise RuntimeError("mixup() must know the number of classes: pass one batch to loss() first, or a linear head.")
 
     def _accept(self, logits: Tensor, target: Tensor, index: Tensor) -> _Accepted:
         """Checks all that was passed; raises before anything is changed."""
         index = check_batch(logits, target, index, num_classes=self.memory.num_classes)
         mix = self._find_mix(target)
-        capture, given = self._tap.find(logits), logits
-        if capture is None:
+        found, given = self._tap.find(logits), logits
+        if found is None:
             raise RuntimeError(
                 f"loss() found no forward of this model that passed through the head {self.head.name!r}: call "
                 "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
                 "was compiled, wrap it before its first call."
             )
+        capture = take_rows(found, logits)
         if mix is not None and not takes(capture, mix.mixed):
             raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
         if self.memory.ready:
@@ -173,17 +174,18 @@ class Reweighting:
         if not good:
             valid = self._look_closer(logits, capture, target, label, index, rows)
         if not self._checked:
+            check_rows(found, logits, self.head.name)
             with self._tap.mute():
                 self._checked = self.head.check(capture, logits)
         if good or (logits.device.type == "cpu" and self.config.nonfinite == "raise"):
-            return _Accepted(logits, target, label, index, capture, mix, None, given, capture)
+            return _Accepted(logits, target, label, index, capture, mix, None, given, found)
         index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
         logits = torch.where(valid[:, None], logits, 0)
         hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
         soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
         features, soft = _masked(valid, capture.features, soft, self.config.label_smoothing)
         kept = replace(capture, features=features)
-        return _Accepted(logits, soft, label, index, kept, mix, valid, given, capture)
+        return _Accepted(logits, soft, label, index, kept, mix, valid, given, found)
 
     def _look_closer(
         self, logits: Tensor, capture: Capture, target: Tensor, label: Tensor, index: Tensor, rows: int

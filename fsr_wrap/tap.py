@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,15 +34,15 @@ NOTHING = Capture(torch.empty(0), torch.empty(0))
 class Tap:
     """Hooks on model and head that keep what the last training forwards left behind.
 
-    Forwards without gradients are not seen. The hooks change nothing in the forward.
+    Forwards without gradients are not seen. The hooks change nothing in the forward. Of several heads the features are
+    joined, (b, Σ d), and the output is their mean.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module):
+    def __init__(self, model: nn.Module, *heads: nn.Module):
+        self._heads = heads
         self._reset()
-        self._handles = [
-            model.register_forward_pre_hook(self._on_model, with_kwargs=True),
-            head.register_forward_hook(self._on_head, with_kwargs=True),
-        ]
+        self._handles = [model.register_forward_pre_hook(self._on_model, with_kwargs=True)]
+        self._handles += [head.register_forward_hook(self._on_head, with_kwargs=True) for head in heads]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
         copy = self.__class__.__new__(self.__class__)
@@ -54,6 +54,7 @@ class Tap:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._heads = ()
         self._reset()
         self._handles = []
         self._muted = True  # the hooks of a copied model have nobody to listen for
@@ -65,6 +66,7 @@ class Tap:
         self._diverted: Capture | None = None
         self._diverting = self._muted = False
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._parts = (NOTHING,) * len(self._heads)
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -86,6 +88,8 @@ class Tap:
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_listening():
             self._inputs = (args, kwargs)
+        if len(self._heads) > 1:
+            self._parts = (NOTHING,) * len(self._heads)
 
     def _on_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (self._is_listening() or self._diverting):
@@ -100,6 +104,13 @@ class Tap:
         device = output.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         capture = Capture(tensors[0].detach(), output.detach(), *self._inputs, autocast)
+        if len(self._heads) > 1:
+            pairs = zip(self._heads, self._parts, strict=True)
+            self._parts = tuple(capture if head is module else part for head, part in pairs)
+            if any(part is NOTHING for part in self._parts):
+                return
+            capture = _joined(self._parts)
+            self._parts = (NOTHING,) * len(self._heads)
         if self._diverting:
             self._diverted = capture
         else:
@@ -141,8 +152,58 @@ class Tap:
         self._inputs = ((), {})
 
 
+def _joined(parts: tuple[Capture, ...]) -> Capture:
+    """One capture of several heads: their features side by side, (b, Σ d), and the mean of their outputs, (b, C)."""
+    features = torch.cat([part.features.flatten(1) for part in parts], 1)
+    return replace(parts[0], features=features, output=torch.stack([part.output.flatten(1) for part in parts]).mean(0))
+
+
+def _is_per_token(output: Tensor, logits: Tensor) -> bool:
+    """Whether the output are logits of several tokens, (b, T, C), of which the model may have taken one."""
+    return output.ndim == 3 and output.shape[1] > 1 and output.shape[::2] == logits.shape
+
+
+def _same_rows(output: Tensor, logits: Tensor) -> Tensor:
+    """Which tokens' outputs (b, T, C) are the logits (b, C), bit for bit; (b, T) bool."""
+    return (output.to(logits.dtype) == logits.detach()[:, None]).all(2)
+
+
+def take_rows(capture: Capture, logits: Tensor) -> Capture:
+    """The capture of one row a sample, where the head ran on every token and the model took the logits of one of them.
+
+    Which one is seen from the values, so it does not matter how the model chose; nothing waits for the device.
+    """
+    if not _is_per_token(capture.output, logits) or capture.features.shape[:2] != capture.output.shape[:2]:
+        return capture
+    same = _same_rows(capture.output, logits)
+    row = (same * torch.arange(1, same.shape[1] + 1, device=same.device)).argmax(1)  # the last, if several are alike
+    here = torch.arange(len(row), device=row.device)
+    return replace(capture, features=capture.features[here, row], output=capture.output[here, row])
+
+
+def check_rows(capture: Capture, logits: Tensor, name: str) -> None:
+    """Checks, on the first batch, that `take_rows` finds the right rows. **Raises:** `ValueError` if it cannot."""
+    if not _is_per_token(capture.output, logits):
+        return
+    same = _same_rows(capture.output, logits)
+    if not (same.any(1) | ~logits.detach().isfinite().all(1)).all():
+        raise ValueError(
+            f"The head {name!r} puts out the logits of {same.shape[1]} tokens a sample, and the logits passed to "
+            "loss() are of none of them: take one token's logits as they are, or pool the features before the head, "
+            "not the logits behind it."
+        )
+    others = (capture.features != take_rows(capture, logits).features[:, None]).flatten(2).any(2)
+    if (same & others).any():
+        raise ValueError(
+            f"The head {name!r} gives different tokens of a sample the same logits, so the one that the model took "
+            "cannot be told: do not start with a head of zeros."
+        )
+
+
 def _is_copy(output: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are the output, up to its precision."""
+    """Whether the logits are the output, or of one of its tokens, up to its precision."""
+    if _is_per_token(output, logits):
+        return bool(_same_rows(output, logits).any(1).all())
     if output.numel() != logits.numel():
         return False
     copy = logits.detach().reshape(output.shape).to(output)

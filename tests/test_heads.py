@@ -130,11 +130,8 @@ def test_auto_takes_the_last_linear_layer_else():
 
 
 def test_auto_refuses_what_it_cannot_tell():
-    distilled = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False, num_classes=7, depth=1)
-    with pytest.raises(ValueError, match=r"2 classifiers: pass one of them.*'head', 'head_dist'"):
-        resolve_head(distilled, "auto")
     headless = timm.create_model("test_resnet", pretrained=False, num_classes=0)
-    with pytest.raises(ValueError, match="num_classes > 0, or pass head="):
+    with pytest.raises(ValueError, match=r"num_classes > 0, .*or pass head="):
         resolve_head(headless, "auto")
     with pytest.raises(ValueError, match=r"No head was found in Sequential\. It has no linear layer; pass head="):
         resolve_head(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), "auto")
