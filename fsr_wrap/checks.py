@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .distributed import world_size
 
-INDEX_LIMIT = 2**31
+INDEX_LIMIT = 2**27  # where N is not known: larger numbers are hardly those of samples counted from 0
 
 
 def as_logits(output: Any) -> Tensor:
@@ -64,7 +64,8 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
         )
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device}, the logits on {logits.device}: move it there.")
-    index = torch.as_tensor(index)
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index, device="cpu")
     if index.shape != (samples,):
         raise ValueError(f"index must have the shape ({samples},), one index a sample, not {tuple(index.shape)}.")
     if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
@@ -94,6 +95,14 @@ def all_good(logits: Tensor, features: Tensor | None, target: Tensor, label: Ten
     return True
 
 
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Whether all numbers of a sample are finite, (n, ...) → (n,) bool; a sum of large ones may overflow, and is not
+    asked."""
+    if not tensor.is_floating_point():
+        return torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
+    return (tensor - tensor).flatten(1).sum(1) == 0
+
+
 def find_problems(
     logits: Tensor, features: Tensor, target: Tensor, label: Tensor, index: Tensor, rows: int
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -101,7 +110,7 @@ def find_problems(
 
     **Returns:** for each kind of problem how many samples have it, (), and (b,) bool, the samples that have none.
     """
-    finite = logits.detach().float().sum(1).isfinite() & features.flatten(1).float().sum(1).isfinite()
+    finite = finite_rows(logits.detach()) & finite_rows(features)
     good_label = (label >= 0) & (label < logits.shape[1])
     if target.ndim == 2:
         good_label &= (target >= 0).all(1) & target.sum(1).isfinite()
@@ -135,7 +144,7 @@ class Watch:
         while self._pending and self._pending[0][1].query():
             counted, _, said = self._pending.popleft()
             self._raise(counted, said, " (in an earlier batch; the samples were left out of it)")
-        copied = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        copied = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
         copied.copy_(counts, non_blocking=True)
         event = torch.get_device_module(counts.device).Event()
         event.record()

@@ -48,7 +48,7 @@ class FSRConfig:
     - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1). 0 takes none, which is L2R's meta-gradient at
         ω₀ = 0; scores are then in units of η.
     - `weight_lr`: α, the step size of the weight update (Eq. 3). Under `weight_rule="clip"` it cancels in the
-        normalisation, up to its ε.
+        normalisation.
     - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
         plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200. Lower it for short
         runs: of 5 epochs or fewer, none would be re-weighted at the default.

@@ -37,7 +37,7 @@ class _Entries:
     @classmethod
     def empty(cls, length: int, device: torch.device | str) -> _Entries:
         integers = torch.full((3, length), EMPTY, dtype=torch.int64, device=device)
-        score = torch.full((length,), -torch.inf, device=device)
+        score = torch.full((length,), -torch.inf, dtype=torch.float32, device=device)
         return cls(integers[0].clone(), integers[1].clone(), score, integers[2].clone())
 
     def columns(self) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class RewardDictionary:
         # In several processes: whether a row's payload is in one process only, and whether in this one.
         self._alone, self._here = torch.zeros(2, self._rows, dtype=torch.bool, device=device)
         self._turn = 0
-        self._classes: Tensor = torch.zeros(0, dtype=torch.int64)  # those present in R_t, on the host
+        self._classes: Tensor = torch.zeros(0, dtype=torch.int64, device="cpu")  # those present in R_t, on the host
 
     def __len__(self) -> int:
         return int(self._count.sum())
@@ -146,7 +146,8 @@ class RewardDictionary:
 
         - `index`, `label`: (b,) integers. `score`: P̂ (b,), −inf for a sample that must not enter. They are kept as they
             are: do not write to them.
-        - `payload`: tensors of (n, ...), in the shapes and dtypes of the first push, n = b in one process.
+        - `payload`: tensors of (n, ...), in the shapes of the first push, n = b in one process. They are kept in its
+            dtypes, or in wider ones if a later push needs them.
         - `offset`: the position of this process's first sample in the batch.
 
         **Raises:** `ValueError` if a payload's shape is another than at the first push.
@@ -154,9 +155,16 @@ class RewardDictionary:
         if not self._arena:
             self._arena = tuple(_rows_like(tensor, self._rows) for tensor in payload)
         self.check_payload(payload)
+        if any(tensor.dtype != arena.dtype for tensor, arena in zip(payload, self._arena, strict=True)):
+            self._widen(payload)
         for start in range(0, len(index), self._length):
             part = slice(start, start + self._length)
             self._push(index[part], label[part], score[part], payload, offset - start)
+
+    def _widen(self, payload: tuple[Tensor, ...]) -> None:
+        """The arena in dtypes that hold what it has and the payload: features of float32 may be infinite in float16."""
+        dtypes = [torch.promote_types(a.dtype, p.dtype) for a, p in zip(self._arena, payload, strict=True)]
+        self._arena = tuple(arena.to(dtype) for arena, dtype in zip(self._arena, dtypes, strict=True))
 
     def check_payload(self, payload: tuple[Tensor, ...]) -> None:
         """**Raises:** `ValueError` if the shapes are others than those stored."""
@@ -196,7 +204,7 @@ class RewardDictionary:
     def _waiting(self) -> _Entries:
         """The buffer."""
         entries = _concatenate([_Entries.empty(0, self.device), *self._buffer])
-        return entries.where(entries.score > -torch.inf)
+        return entries.where(entries.score.isfinite())
 
     def _clear_buffer(self, in_use: list[_Entries]) -> None:
         self._buffer, self._filled = [], 0
@@ -219,7 +227,7 @@ class RewardDictionary:
         self._best = _Entries.empty(self._capacity, self.device)
         self._clear_buffer([self._members])
         present = self._count.cpu().nonzero()[:, 0]
-        self._classes = present[torch.randperm(len(present), generator=generator)]
+        self._classes = present[torch.randperm(len(present), generator=generator, device="cpu")]
         self._turn = 0
 
     def consolidate(self) -> None:
@@ -257,7 +265,7 @@ class RewardDictionary:
         classes = len(self._classes)
         cls = self._classes.roll(-self._turn).repeat(-(-number // classes))[:number]
         self._turn = (self._turn + number) % classes
-        uniform = torch.rand(number, generator=generator)
+        uniform = torch.rand(number, generator=generator, dtype=torch.float32, device="cpu")
         cls, uniform = cls.to(self.device, non_blocking=True), uniform.to(self.device, non_blocking=True)
         count = self._count[cls]
         slot = cls * self.quota + torch.minimum((uniform * count).long(), count - 1)

@@ -17,7 +17,6 @@ from torch.func import jvp
 Params = dict[str, Tensor]
 HeadFn = Callable[[Params, Tensor], Tensor]
 """A head as a function: (parameters, features (b, ...)) → logits (b, C)."""
-EPS = 1e-5
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -245,8 +244,12 @@ def shift_weights(scores: Tensor, minimum: Tensor, batch_size: int | Tensor) -> 
 
 
 def normalize_weights(unnormalized: Tensor, total: Tensor) -> Tensor:
-    """ω = u / (Σu + 1e-5) (Algorithm 1's Normalize); all zeros stay all zeros. `total` is Σu over all processes."""
-    return unnormalized / (total + EPS)
+    """ω = u / Σu (Algorithm 1's Normalize); all zeros stay all zeros. `total` is Σu over all processes.
+
+    The released code divides by Σu + 1e-5: where the scores are small, as at the end of training, that takes weight
+    from all samples alike.
+    """
+    return unnormalized / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

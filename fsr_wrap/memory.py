@@ -68,36 +68,40 @@ class Memory:
 
     def prepare(self, index: Tensor, num_classes: int, device: torch.device) -> None:
         """Makes the tables for the first batch; later makes room in them, and moves them to the batch's device."""
+        largest = self.largest
         if self.num_samples is None and len(index):
-            self.largest = max(self.largest, int(index.max()))
-        rows = self.num_samples or 1 << max(self.largest, 0).bit_length()
+            largest = max(largest, int(index.max()))
+        rows = self.num_samples or 1 << max(largest, 0).bit_length()
         if not self.ready:
             self._make(rows, num_classes, device)
         if self.table.score.device != device:
-            self.table.to(device)
-            self.dictionary.to(device)
-            if self.pseudo is not None:
-                self.pseudo.to(device)
-            self.sums = self.counted().to(device)
-            self.plan = None if self.plan is None else self.plan.to(device)
-            self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
-        self.table.grow(rows)
+            self._to(device)
         if self.pseudo is not None:
             self.pseudo.grow(rows)
+        self.table.grow(rows)
+        self.largest = largest
+
+    def _to(self, device: torch.device) -> None:
+        self.table.to(device)
+        self.dictionary.to(device)
+        if self.pseudo is not None:
+            self.pseudo.to(device)
+        self.sums = self.counted().to(device)
+        self.plan = None if self.plan is None else self.plan.to(device)
+        self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
 
     def _make(self, rows: int, num_classes: int, device: torch.device | str) -> None:
-        config = self.config
-        self.pseudo = None
+        config, pseudo = self.config, None
         if config.relabel_weight > 0:
             how = config.relabel_momentum, config.relabel_temperature, config.relabel_storage
-            self.pseudo = PseudoLabels(rows, num_classes, *how, device=device)
+            pseudo = PseudoLabels(rows, num_classes, *how, device=device)
         learned = config.get_pusher().needs_learned
         self.table = ScoreTable(rows, config.score_momentum, device, learned=learned)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.ready = True
+        self.pseudo, self.ready = pseudo, True
 
     def end_epoch(self) -> None:
         """The best samples of the epoch become the dictionary (Eq. 4)."""
@@ -180,7 +184,7 @@ class Memory:
         """The sums of all steps since the metrics were read, (8,) float64."""
         if self._uncounted:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
-            size = torch.tensor(self._sizes).to(weights.device, non_blocking=True)
+            size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
             largest = weights.amax(1)
             values = (
                 world_size() * (weights * losses).sum(1),
@@ -206,7 +210,8 @@ class Memory:
     def generator(self, stream: int) -> torch.Generator:
         """A generator that depends on seed, count and stream alone, so that there is none to save."""
         self.draws += 1
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.draws) * 4096 + stream)
+        seed = (self.config.seed * 1_000_003 + self.draws) * 4096 + stream
+        return torch.Generator("cpu").manual_seed(seed % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings; copies."""

@@ -149,6 +149,9 @@ def stored_epoch(epoch: int) -> int:
     return epoch % 2**15
 
 
+_LIMIT = torch.finfo(torch.float32).max / 2
+
+
 class ScoreTable:
     """P̂ and the last epoch of each sample: 6 bytes a sample, 7 with what `ForgettingEvent` needs.
 
@@ -167,7 +170,7 @@ class ScoreTable:
         self, num_samples: int, momentum: float, device: torch.device | str = "cpu", *, learned: bool = False
     ) -> None:
         self.momentum = momentum
-        self.score = torch.full((num_samples + 1,), torch.nan, device=device)
+        self.score = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device=device)
         self.epoch = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
         self.learned = torch.full((num_samples + 1,), NEVER, dtype=torch.uint8, device=device) if learned else None
         self._columns = ("score", "epoch", "learned") if learned else ("score", "epoch")
@@ -199,13 +202,14 @@ class ScoreTable:
         **Arguments:**
 
         - `index`: (b,) int64 in [0, N), or -1 for what must leave no trace. `epoch`: the current one.
-        - `score`: P (b,); what is not finite leaves no trace.
+        - `score`: P (b,); what is not finite, or as large as half the largest float32, leaves no trace.
         - `new`: `is_new` of them, if it is known. `right`: (b,) bool, `Visit.right`, if the table keeps it.
 
         **Returns:** the rows written to (b,), and P̂ of the samples after the visit (b,); -1 and −inf where nothing was
         kept.
         """
-        keep = (score - score == 0) & (self.is_new(index, epoch) if new is None else new)  # finite, and not visited yet
+        # Numbers so large are left out with NaN and infinity: the difference of any two others does not overflow.
+        keep = (score.abs() < _LIMIT) & (self.is_new(index, epoch) if new is None else new)
         row = torch.where(keep, index, -1)
         if index.device.type != "cpu" or len(set(index.tolist())) < len(index):
             row = torch.where(is_first_visit(row), row, -1)

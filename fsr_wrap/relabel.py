@@ -118,19 +118,21 @@ class PseudoLabels:
         self.num_classes, self.momentum, self.temperature = num_classes, momentum, temperature
         self.storage = get_storage(storage)
         self._mine: Tensor | None = None  # rows whose newest value this process alone has; in several processes
-        try:
-            self.columns = self._zeros(num_samples + 1, device)
-        except RuntimeError as error:
-            widths = self.storage.columns(num_classes).values()
-            raise MemoryError(
-                f"Re-labelling keeps {sum(width * dtype.itemsize for width, dtype in widths)} bytes of each of "
-                f"{num_samples} samples, which do not fit on {device}. Pass relabel_storage=10 to keep the 10 largest "
-                f"of {num_classes} values, or relabel_weight=0 to train without it."
-            ) from error
+        self.columns = self._zeros(num_samples + 1, device)
 
     def _zeros(self, rows: int, device: torch.device | str) -> Columns:
-        columns = self.storage.columns(self.num_classes).items()
-        return {name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (width, dtype) in columns}
+        columns = self.storage.columns(self.num_classes)
+        try:
+            return {
+                name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (width, dtype) in columns.items()
+            }
+        except RuntimeError as error:
+            raise MemoryError(
+                f"Re-labelling keeps {sum(width * dtype.itemsize for width, dtype in columns.values())} bytes of each "
+                f"of {rows - 1} samples, which do not fit on {device}. Pass relabel_storage=10 to keep the 10 largest "
+                f"of {self.num_classes} values, or relabel_weight=0 to train without it. If there are fewer samples, "
+                "their indices do not count them from 0: call with_index(dataset), and pass dataset= or num_samples=."
+            ) from error
 
     def __len__(self) -> int:
         return len(self.columns["logits"]) - 1

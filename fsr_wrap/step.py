@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, functional
-from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems
+from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems, finite_rows
 from .config import FSRConfig
 from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
 from .memory import Memory
@@ -132,8 +132,10 @@ class Reweighting:
                 f"{tuple(target.shape)}."
             )
         generator = self.memory.generator(1 + distributed.rank())
-        uniform = torch.rand(len(inputs), generator=generator).to(inputs.device, non_blocking=True)
-        partner = torch.randperm(len(inputs), generator=generator).to(inputs.device, non_blocking=True)
+        uniform = torch.rand(len(inputs), generator=generator, dtype=torch.float32, device="cpu").to(
+            inputs.device, non_blocking=True
+        )
+        partner = torch.randperm(len(inputs), generator=generator, device="cpu").to(inputs.device, non_blocking=True)
         share = functional.mixup_coefficients(uniform, self.config.mixup_beta)
         shape = (-1, *[1] * (inputs.ndim - 1))
         mixed = torch.lerp(inputs[partner], inputs, share.view(shape).to(inputs.dtype))
@@ -179,7 +181,7 @@ class Reweighting:
                 self._checked = self.head.check(capture, logits)
         if good or (logits.device.type == "cpu" and self.config.nonfinite == "raise"):
             return _Accepted(logits, target, label, index, capture, mix, None, given, found)
-        index, label = index.clamp(0, rows - 1), label.clamp(0, logits.shape[1] - 1)
+        index, label = torch.where(valid, index, 0), label.clamp(0, logits.shape[1] - 1)
         logits = torch.where(valid[:, None], logits, 0)
         hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
         soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
@@ -195,7 +197,8 @@ class Reweighting:
         messages = {
             "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or soft targets that are "
             "negative, NaN or infinite.",
-            "index": f"an index outside [0, {rows}). Pass dataset= or num_samples= of the whole data set.",
+            "index": f"an index outside [0, {rows}). Indices number the samples from 0, as with_index(dataset) does; "
+            "pass dataset= or num_samples= of the whole data set.",
             "non-finite": "NaN or infinite logits or features. Lower the learning rate, or pass nonfinite='skip'.",
         }
         skip = self.config.nonfinite == "skip"
@@ -211,11 +214,11 @@ class Reweighting:
         return None
 
     def _prepare(self, batch: _Accepted) -> None:
-        """The batch is good: forgets what was kept for it, and makes room for it."""
+        """The batch is good: makes room for it, and forgets what was kept for it."""
+        self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
         self._tap.discard(batch.found, batch.given)
         while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
             pass
-        self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
 
     def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
@@ -317,7 +320,7 @@ class Reweighting:
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
         if features.device.type == "cpu" and math.isfinite(features.sum().item()):
             return reward, None
-        finite = features.flatten(1).float().sum(1).isfinite()
+        finite = finite_rows(features)
         soft = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
         features, soft = _masked(finite, features, soft, config.label_smoothing)
         return replace(reward, features=features, target=soft, label_smoothing=0.0), (~finite).sum()
@@ -334,7 +337,7 @@ class Reweighting:
             gradient, loss = step.reward_gradient(reward)
             memory.gradient = {**gradient, "/loss": loss}
         memory.gradient_age = memory.gradient_age % every + 1
-        gradient = dict(memory.gradient)
+        gradient = {name: value.to(dtype) for name, value in memory.gradient.items()}
         loss = gradient.pop("/loss")
         return step.scores_along(gradient), loss, skipped
 

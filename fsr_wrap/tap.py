@@ -28,7 +28,7 @@ class Capture:
     autocast: torch.dtype | None = None
 
 
-NOTHING = Capture(torch.empty(0), torch.empty(0))
+NOTHING = Capture(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
 
 
 class Tap:

@@ -309,13 +309,13 @@ def test_payloads_of_another_shape_are_refused():
     assert dictionary.index.tolist() == [0, 1]
 
 
-def test_payloads_keep_the_dtype_of_the_first_push():
+def test_payloads_are_kept_in_the_widest_dtype_that_came():
     dictionary = RewardDictionary(1, 2)
     for i, dtype in enumerate([torch.bfloat16, torch.float32]):
         dictionary.push(torch.tensor([i]), torch.tensor([0]), torch.ones(1), (torch.full((1, 2), 3.0, dtype=dtype),))
     dictionary.update()
     (payload,) = dictionary.draw(4).payload
-    assert payload.dtype == torch.bfloat16
+    assert payload.dtype == torch.float32
     assert payload.eq(3).all()
 
 

@@ -165,7 +165,8 @@ def test_shift_weights_of_equal_scores_are_uniform():
 
 def test_normalize_weights():
     weights = torch.tensor([1.0, 0.0, 3.0])
-    assert_close(fsr.normalize_weights(weights, weights.sum()), weights / 4.00001)
+    assert_close(fsr.normalize_weights(weights, weights.sum()), weights / 4, 0.0)
+    assert_close(fsr.normalize_weights(1e-9 * weights, 1e-9 * weights.sum()), weights / 4)
     zeros = torch.zeros(3)
     assert_close(fsr.normalize_weights(zeros, zeros.sum()), zeros, 0.0)
 
