@@ -1,7 +1,9 @@
 """head="auto" on the architectures of timm and Hugging Face."""
 
+import ast
 import os
 import re
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch import nn
 
 from fsr_wrap import FSRWrapper
 from fsr_wrap.heads import Batch, GradientStep, Head, KernelStep, Mean, Reward, resolve_head
+from fsr_wrap.tap import Tap, take_rows
 
 CLASSES = 5
 CONFIG = {"warmup_epochs": 1, "dictionary_size": 5, "reward_batch_size": 10}
@@ -240,6 +243,168 @@ def test_timm_trains(name):
     model = timm.create_model(name, pretrained=False, num_classes=CLASSES, **TINY[name])
     size = TINY[name].get("img_size") or {"efficientformer_l1": 224, "crossvit_9_240": 240}.get(name, 64)
     train(model, torch.randn(10, 3, size, size), steps=1)
+
+
+def test_a_learned_mixture_trains_with_the_list_that_the_error_names():
+    torch.manual_seed(0)
+    model = timm.create_model("efficientvim_m1", pretrained=False, num_classes=CLASSES)
+    found = re.search(r"head=(\[.*?\])", said(model))
+    heads = ast.literal_eval(found[1])
+    assert heads == ["heads.0", "heads.1", "heads.2", "heads.3"]
+    train(model, torch.randn(10, 3, 64, 64), head=heads, steps=1)
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 30,
+    "num_labels": CLASSES,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IMAGE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": CLASSES,
+}
+NARROW = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 16], "num_labels": CLASSES, "image_size": 32}
+FEW_KEYS = {**TEXT, "num_key_value_heads": 2}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+DISTIL = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+SWIN |= {"image_size": 32, "num_labels": CLASSES}
+LEVIT = {"image_size": 64, "hidden_sizes": [16] * 3, "depths": [1] * 3, "num_attention_heads": [2] * 3}
+
+# Class of the model: class of its configuration, what that takes, the head.
+DECODERS = {
+    "GPT2ForSequenceClassification": ("GPT2Config", {**TEXT, **GPT2}, "score"),
+    "LlamaForSequenceClassification": ("LlamaConfig", TEXT, "score"),
+    "MistralForSequenceClassification": ("MistralConfig", FEW_KEYS, "score"),
+    "Qwen2ForSequenceClassification": ("Qwen2Config", FEW_KEYS, "score"),
+    "Qwen3ForSequenceClassification": ("Qwen3Config", {**FEW_KEYS, "head_dim": 8}, "score"),
+}
+HUGGING_FACE = {
+    **DECODERS,
+    "BertForSequenceClassification": ("BertConfig", TEXT, "classifier"),
+    "RobertaForSequenceClassification": ("RobertaConfig", TEXT, "classifier.out_proj"),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", {**TEXT, **DISTIL}, "classifier"),
+    "ModernBertForSequenceClassification": (
+        "ModernBertConfig",
+        {**TEXT, "cls_token_id": 1, "sep_token_id": 2},
+        "classifier",
+    ),
+    "T5ForSequenceClassification": ("T5Config", {**TEXT, **T5}, "classification_head.out_proj"),
+    "ViTForImageClassification": ("ViTConfig", IMAGE, "classifier"),
+    "Dinov2ForImageClassification": ("Dinov2Config", IMAGE, "classifier"),
+    "ConvNextForImageClassification": ("ConvNextConfig", NARROW, "classifier"),
+    "SwinForImageClassification": ("SwinConfig", SWIN, "classifier"),
+    "DeiTForImageClassificationWithTeacher": ("DeiTConfig", IMAGE, "cls_classifier + distillation_classifier"),
+    "LevitForImageClassificationWithTeacher": (
+        "LevitConfig",
+        {**LEVIT, "key_dim": [8] * 3, "num_labels": CLASSES},
+        "classifier.linear + classifier_distill.linear",
+    ),
+}
+
+
+def hugging_face(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config, values, _ = HUGGING_FACE[name]
+    if not all(hasattr(transformers, one) for one in (name, config)):
+        pytest.skip(f"this version of transformers has no {name}")
+    return getattr(transformers, name)(getattr(transformers, config)(**values))
+
+
+def texts(side: str = "right", samples: int = 20, length: int = 7) -> dict[str, torch.Tensor]:
+    """Texts of three to six tokens, each with its end token last; 0 is the padding."""
+    ids = torch.randint(3, 30, (samples, length))
+    for i, row in enumerate(ids):
+        end = 3 + i % 4
+        row[end:], row[end - 1] = 0, 2
+    if side == "left":
+        ids = ids.flip(1)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+@pytest.mark.parametrize("reward", ["cached", "fresh"])
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_trains(name, reward):
+    model = hugging_face(name)
+    size = HUGGING_FACE[name][1].get("image_size")
+    inputs = {"pixel_values": torch.randn(20, 3, size, size)} if size else texts()
+    fsr = train(model, inputs, reward=reward)
+    assert fsr.head == HUGGING_FACE[name][2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_features_of_a_decoder_are_those_of_the_token_that_it_takes(name, side):
+    model = hugging_face(name).eval()
+    tap, inputs = Tap(model, model.score), texts(side)
+    logits = model(**inputs).logits
+    hidden = model.base_model(**inputs).last_hidden_state
+    last = (inputs["attention_mask"] * torch.arange(7)).argmax(1)
+    expected = hidden[torch.arange(20), last].detach()
+    for given in (logits, logits.clone(), logits.double(), logits.bfloat16()):
+        rows = take_rows(tap.find(given), given)
+        assert_close(rows.features, expected, 1e-5)
+        assert_close(rows.output, logits.detach(), 0.0)
+
+
+class Tokens(nn.Module):
+    """A head on every token, then what is made of its outputs."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.body, self.fc, self.pool = nn.Linear(4, 6), nn.Linear(6, CLASSES), pool
+
+    def forward(self, x):
+        return self.pool(self.fc(self.body(x).tanh()))
+
+
+@pytest.mark.parametrize("reward", ["cached", "fresh"])
+@pytest.mark.parametrize("take", [0, -1])
+def test_one_token_of_any_model(take, reward):
+    """As if the model had taken the token before its head."""
+    torch.manual_seed(0)
+    model, x = Tokens(lambda logits: logits[:, take]), torch.randn(20, 3, 4)
+    twin = nn.Sequential(OrderedDict(body=nn.Linear(4, 6), tanh=nn.Tanh(), fc=nn.Linear(6, CLASSES)))
+    twin.load_state_dict(model.state_dict())
+    found, expected = train(model, x, "fc", reward=reward), train(twin, x[:, take], "fc", reward=reward)
+    assert_close(found.weights, expected.weights, 1e-4)
+
+
+def test_two_forwards_of_a_decoder_then_two_losses():
+    model = Tokens(lambda logits: logits[:, -1])
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=20, **CONFIG)
+    outputs = [model(torch.randn(5, 3, 4)) for _ in range(2)]
+    for i, out in enumerate(outputs):
+        fsr.loss(out, torch.arange(5), torch.arange(5) + 5 * i).backward()
+
+
+def test_logits_of_tokens_that_are_pooled_or_all_alike_are_refused():
+    def loss(model):
+        fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), head="fc", num_samples=20, **CONFIG)
+        return fsr.loss(model(torch.randn(5, 3, 4)), torch.arange(5), torch.arange(5))
+
+    with pytest.raises(ValueError, match=r"'fc' puts out the logits of 3 tokens .*pool the features before the head"):
+        loss(Tokens(lambda logits: logits.mean(1)))
+    model = Tokens(lambda logits: logits[:, -1])
+    nn.init.zeros_(model.fc.weight)
+    with pytest.raises(ValueError, match=r"'fc' gives different tokens .*do not start with a head of zeros"):
+        loss(model)
 
 
 # --- segmentation and tokens -----------------------------------------------------------------------------------------
