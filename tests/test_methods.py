@@ -344,7 +344,7 @@ def test_pencil() -> None:
     loss, gradient = loss_of(method)
     assert_close(loss, C * expected.item(), 1e-5)
     assert_close(gradient, C * z.grad, 1e-5)
-    moved = own.detach() - 600 * 320 / 16 * 10 / 128 * own.grad
+    moved = own.detach() - 600 * own.grad
     assert_close(method.label_logits[:4], moved, 1e-4)
     method.start_epoch(10)
     loss, _ = loss_of(method)
@@ -641,8 +641,7 @@ def test_a_stopped_training_ends_where_the_other_does(name: str) -> None:
     whole, parts = start(name)
     whole.prepare()
     run(whole, range(4), parts)
-    if name != "pencil":  # which in four epochs rewrites the labels before it has learned any
-        assert (answers(whole).argmax(1) == whole.task.labels).float().mean() > 0.6
+    assert (answers(whole).argmax(1) == whole.task.labels).float().mean() > 0.6
 
     stopped, parts = start(name)
     stopped.prepare()

@@ -11,7 +11,8 @@ share of wrong labels, those that need clean images get 1,000 from outside the t
 
 Cost is in cross-entropy steps. Every tenth step a second network takes a plain step on the same batch in the same
 process: `step` is the ratio of the medians, `cost` the whole training time, with all that a method does before and
-between epochs, over that of as many plain steps. Evaluation is left out.
+between epochs, over that of as many plain steps. Times are the processor's, so that other processes do not count, and
+evaluation is left out.
 """
 
 from __future__ import annotations
@@ -81,18 +82,18 @@ class Clock:
         self.other = 0.0
 
     def plain_step(self, x: Tensor, y: Tensor) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         F.cross_entropy(self.twin(x), y).backward()
         self.sgd.step()
         self.sgd.zero_grad()
-        self.pairs.append((self.steps[-1], time.perf_counter() - start))
+        self.pairs.append((self.steps[-1], time.process_time() - start))
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """Anything that is no step."""
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self.other += time.perf_counter() - start
+        self.other += time.process_time() - start
 
     def summary(self) -> dict[str, float]:
         own, plain = (statistics.median(times) for times in zip(*self.pairs, strict=True))
@@ -130,11 +131,11 @@ def train(name: str, case: Case, data: Data, seed: int, epochs: int) -> Run:
             method.start_epoch(epoch)
         for number, index in enumerate(torch.randperm(samples).tensor_split(steps)):
             x, y = task.augmented(index), data.given[index]
-            start = time.perf_counter()
+            start = time.process_time()
             method.loss(model, x, y, index).backward()
             optimizer.step()
             optimizer.zero_grad()
-            clock.steps.append(time.perf_counter() - start)
+            clock.steps.append(time.process_time() - start)
             schedule.step()
             if number % TIMED_EVERY == 0:
                 clock.plain_step(x, y)
@@ -169,13 +170,16 @@ def purity(method: Method, data: Data) -> float | None:
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
     """Whether this process may do the run: it isn't done, and no other process is at it. A dead process holds none."""
-    with path.with_suffix(".lock").open("w") as lock:
+    name = path.with_suffix(".lock")
+    with name.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
         yield not path.exists()
+        if path.exists():
+            name.unlink(missing_ok=True)
 
 
 def write(path: Path, run: Run) -> None:

@@ -7,7 +7,7 @@ network itself and the derivative by a weight is that inner product, times a rat
 from differentiating the batch's gradient by the weights. A clean batch is as large as the batch; its forward pass
 leaves BatchNorm's running averages alone.
 Source: the paper (the released code's licence is non-commercial; only its batch size was looked at).
-Needs clean images (the paper 1,000). Cost: 3 to 4. State: none.
+Needs clean images (the paper 1,000). Cost: 3 to 6. State: none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def draw_clean(task: Task) -> tuple[Tensor, Tensor]:
 
 class L2R(Method):
     title = "L2R"
-    cost = "3–4"
+    cost = "3–6"
     needs_clean = True
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor) -> Tensor:

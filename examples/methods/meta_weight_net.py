@@ -9,7 +9,7 @@ A sample's weight is a function of its loss, V(ℓ; Φ): 1-100-1, ReLU, sigmoid.
 V is given the losses' values, so that the derivative by Φ goes through θ' alone. The last line takes the first line's
 losses again: the released code's second forward pass of the batch gives the same ones.
 Source: the paper and xjtushujun/meta-weight-net (MIT; read for facts).
-Needs clean images (1,000). Cost: 3 to 4. State: Φ and Adam's.
+Needs clean images (1,000). Cost: 3 to 6. State: Φ and Adam's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .l2r import draw_clean
 
 class MetaWeightNet(Method):
     title = "MWN"
-    cost = "3–4"
+    cost = "3–6"
     needs_clean = True
     state = ("net", "adam")
 

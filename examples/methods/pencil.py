@@ -7,9 +7,12 @@ Every sample has label logits ỹ, 10·onehot(y) at first, and ŷ = softmax(ỹ)
     epochs 201–320:        KL(p‖ŷ)/C, ŷ fixed
 
 The means run over b·C, as in the released code, which also puts ŷ through a second softmax in the middle term.
-The ends of the stages are scaled to the run's length, and so is the step of 600, a visit's: ỹ must travel as far in
-fewer visits (600·320/epochs·b/128). The published rates (0.06 and 0.06, then 0.2 falling) belong to that division by
-C; the run's own schedule is used here, and the loss of the later stages times C, so that a step has its usual size.
+The ends of the stages are scaled to the run's length; the step of 600, a visit's, is not. (Multiplied by 320/epochs it
+carries a label over in one visit, on one prediction of a network that is still learning: at 10 epochs half of all
+labels changed at once, and the result was worse than cross-entropy's.) In a short run labels then soften more than they
+change, and much of the effect is that of KL(p‖ŷ), which forgives a wrong label more than cross-entropy does.
+The published rates (0.06 and 0.06, then 0.2 falling) belong to the division by C; the run's own schedule is used here,
+and the loss of the later stages times C, so that a step has its usual size.
 Source: the paper and yikun2019/PENCIL (no licence; read for facts). Cost: 1. State: ỹ, N×C, and the epoch.
 """
 
@@ -28,8 +31,7 @@ class PENCIL(Method):
 
     def __init__(self, task: Task, alpha: float = 0.4, beta: float = 0.1, step: float = 600.0) -> None:
         super().__init__(task)
-        self.alpha, self.beta = alpha, beta
-        self.step = step * 320 / task.epochs * task.batch_size / 128
+        self.alpha, self.beta, self.step = alpha, beta, step
         self.first, self.second = round(task.scaled(70, 320)), round(task.scaled(200, 320))
         self.label_logits = 10 * task.one_hot(task.labels)
         self.epoch = 0
