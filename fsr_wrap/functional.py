@@ -17,6 +17,8 @@ from torch.func import jvp
 Params = dict[str, Tensor]
 HeadFn = Callable[[Params, Tensor], Tensor]
 """A head as a function: (parameters, features (b, ...)) → logits (b, C)."""
+SHUT = -1e4
+"""Logits below are of classes that a mask shuts out."""
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -122,6 +124,50 @@ def meta_gradient(
 
     product: Tensor = jvp(losses, (params,), (gradient,))[1]
     return lr * product
+
+
+def meta_gradient_in_reverse(
+    head: HeadFn,
+    params: Params,
+    features: Tensor,
+    target: Tensor,
+    gradient: Params,
+    *,
+    lr: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`meta_gradient` of a head without forward-mode derivatives: Σ_i u_i ∇_φ ℓ_i(φ) is linear in u, and its product
+    with G has the derivatives ⟨G, ∇_φ ℓ_i(φ)⟩. A backward pass of a backward pass."""
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        losses = cross_entropy(head(leaves, features), target, label_smoothing)
+        ones = torch.ones_like(losses, requires_grad=True)
+        wrt = list(leaves.values())
+        sums = torch.autograd.grad(losses, wrt, ones, create_graph=True, materialize_grads=True)
+        inner = sum((known * found).sum() for known, found in zip(gradient.values(), sums, strict=True))
+        assert isinstance(inner, Tensor)
+        return lr * torch.autograd.grad(inner, ones)[0]
+
+
+def meta_gradient_one_by_one(
+    head: HeadFn,
+    params: Params,
+    features: Tensor,
+    target: Tensor,
+    gradient: Params,
+    *,
+    lr: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`meta_gradient` of a head that can be differentiated once and no more: b backward passes."""
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        losses = cross_entropy(head(leaves, features), target, label_smoothing)
+        products = []
+        for loss in losses:
+            one = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, materialize_grads=True)
+            products.append(sum((known * found).sum() for known, found in zip(gradient.values(), one, strict=True)))
+        return lr * torch.stack(products).detach() if products else losses.detach()  # type: ignore[arg-type]
 
 
 # --- linear head and cross-entropy: closed form ----------------------------------------------------------------------

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional as fsr
+from .calls import other_streams_kept, swapped, torch_stream_kept
 from .checks import as_logits
 from .distributed import gather_rows, sum_all, whole, world_size
 from .functional import Params
@@ -337,8 +339,11 @@ class GradientStep:
         batch, lr = self._batch, _scale(self._lr)
         if self._head.is_linear:
             return fsr.linear_meta_gradient_along(batch.features, batch.residual, gradient, lr=lr)
+        if not len(batch.residual):
+            return batch.residual.new_zeros(0)
         where = (batch.features, batch.target, gradient)
-        return fsr.meta_gradient(self._head.call, self._params, *where, lr=lr, label_smoothing=batch.label_smoothing)
+        smoothing = batch.label_smoothing
+        return self._head.meta_gradient(self._head.call, self._params, *where, lr=lr, label_smoothing=smoothing)
 
 
 class Head:
@@ -355,6 +360,8 @@ class Head:
         self.parts = tuple(module) if isinstance(module, Mean) else (module,)
         self.is_linear = all(_is_linear(one) for one in self.parts)
         self.has_bias = len(self.parts) == 1 and getattr(module, "bias", None) is not None
+        self.meta_gradient = fsr.meta_gradient
+        self._is_tried = self.is_linear
         if not self.is_linear and any(_is_fully_sharded(part) for part in module.modules()):
             raise TypeError(f"The head {name!r} is no linear layer: do not call fully_shard on it or its parts alone.")
 
@@ -395,15 +402,21 @@ class Head:
         """(φ, features) → logits (b, C)."""
         if self.is_linear:
             return torch.nn.functional.linear(features, params["weight"], params.get("bias"))
-        buffers = {
-            name: value.to(features.dtype, copy=True) if value.is_floating_point() else value.clone()
+        dtype = next(iter(params.values())).dtype
+        tensors = {
+            name: value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
             for name, value in self.module.named_buffers()
         }
         if self.part is not None:
-            rest = {name: value.detach() for name, value in self.module.named_parameters() if name not in params}
-            params = {**rest, **params}
-        with _dropout_off(self.module), sdpa_kernel(SDPBackend.MATH):  # which torch.func.jvp can differentiate
-            return as_logits(functional_call(self.module, {**buffers, **params}, (features,))).flatten(1)
+            rest = [item for item in self.module.named_parameters() if item[0] not in params]
+            tensors |= {name: value.detach().to(dtype) for name, value in rest}
+        with (
+            swapped(self.module, {**tensors, **params}),
+            torch_stream_kept(features.device),
+            _dropout_off(self.module),
+            sdpa_kernel(SDPBackend.MATH),  # which torch.func.jvp can differentiate
+        ):
+            return as_logits(self.module(features)).flatten(1)
 
     def logits(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """The head as it is, in the meta arithmetic's dtype; (n, C)."""
@@ -428,11 +441,12 @@ class Head:
     def check(self, capture: Capture, logits: Tensor) -> bool:
         """Checks that this module's output are the logits.
 
-        **Returns:** False if nothing could be seen, since all logits are NaN or infinite.
+        **Returns:** False if nothing could be seen: all logits are NaN or infinite, or those of a head that is all
+        zeros.
 
         **Raises:** `ValueError` saying what to pass instead.
         """
-        where = f"the head {self.name!r} ({type(self.module).__name__})"
+        where = f"The head {self.name!r} ({type(self.module).__name__})"
         advice = 'Pass head="dotted.name" of the module whose output are the logits'
         if len(self.parts) > 1:
             advice = (
@@ -441,31 +455,74 @@ class Head:
             )
         if capture.output.numel() != logits.numel():
             raise ValueError(
-                f"{where[0].upper()}{where[1:]} puts out {tuple(capture.output.shape)}, but the logits are "
-                f"{tuple(logits.shape)}. {advice}."
+                f"{where} puts out {tuple(capture.output.shape)}, but the logits are {tuple(logits.shape)}. {advice}."
             )
         width = sum(part.weight[0].numel() for part in self.parts) if self.is_linear else 0  # type: ignore[index,misc]
         if self.is_linear and capture.features.flatten(1).shape[1] != width:
             raise ValueError(
-                f"{where[0].upper()}{where[1:]} takes {tuple(capture.features.shape)}: one feature vector a sample is "
-                f"needed. {advice}, applied to a pooled feature."
+                f"{where} takes {tuple(capture.features.shape)}: one feature vector a sample is needed. {advice}, "
+                "applied to a pooled feature."
             )
         if any(_active_dropout(part) for part in self.module.modules()):
             return True  # its training-time output is random; the shapes agree
         dtype = meta_dtype(logits)
-        expected, found = logits.detach().to(dtype), self.logits(self.features(capture.features, dtype), dtype)
+        expected, features = logits.detach().to(dtype), self.features(capture.features, dtype)
+        found = self.logits(features, dtype)
+        counts = expected.isfinite() & (expected > fsr.SHUT)
+        expected, found = torch.where(counts, expected, 0), torch.where(counts, found, 0)
+        gap = (expected - found).abs().amax() / (expected.abs().amax() + 1e-6) if counts.any() else 0.0
         coarse = logits.dtype in (torch.float16, torch.bfloat16) or capture.autocast is not None
-        finite = expected.isfinite().all(1)
-        if not finite.any():
-            return False
-        expected, found = expected[finite], found[finite]
-        gap = (expected - found).abs().amax() / (expected.abs().amax() + 1e-6)
-        if not gap <= (0.1 if coarse else 0.01):
+        if not gap <= (0.1 if coarse else 0.01) and not self._is_random(features, dtype):
             raise ValueError(
-                f"{where[0].upper()}{where[1:]} gives other logits than those passed to loss() (relative gap "
-                f"{gap.item():.2g}). {advice}, and pass the logits as they leave it, before any scaling."
+                f"{where} gives other logits than those passed to loss() (relative gap {float(gap):.2g}). {advice}, "
+                "and pass the logits as they leave it, before any scaling."
             )
-        return True
+        # Where all processes must put the head together to look at it, they do so once.
+        common = expected[0] if len(expected) > 1 else 0
+        return any(map(_is_fully_sharded, self.parts)) or bool((expected != common).any())
+
+    def _is_random(self, features: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the head gives the same with the same random numbers, and something else with others."""
+        outputs = []
+        for same in (True, True, False):
+            with torch_stream_kept(features.device), other_streams_kept() if same else nullcontext():
+                if not same:
+                    torch.rand(1, device=features.device)
+                    random.random()
+                outputs.append(self.logits(features, dtype))
+        return torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+    def find_derivative(self, features: Tensor, logits: Tensor) -> None:
+        """Finds a way to differentiate the head, by trial: forward mode if it can, else reverse mode.
+
+        **Raises:** `TypeError` if there is none.
+        """
+        if self._is_tried or not len(logits):
+            return
+        dtype, problem = meta_dtype(logits), None
+        params, features = self.params(dtype), self.features(features, dtype)
+        target = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+        for way in (fsr.meta_gradient, fsr.meta_gradient_in_reverse, fsr.meta_gradient_one_by_one):
+            try:
+                gradient, _ = self.gradient(params, features, target, label_smoothing=0.0)
+                products = way(self.call, params, features, target, gradient, lr=1.0)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                problem = problem or error
+                continue
+            expected = sum(value.square().sum() for value in gradient.values())
+            if not (products.sum() - expected).abs() > 0.01 * products.abs().sum() + 1e-12:
+                self.meta_gradient, self._is_tried = way, True
+                break
+        else:
+            raise TypeError(f"The head {self.name!r} cannot be differentiated apart from the model.") from problem
+        if self.meta_gradient is fsr.meta_gradient_one_by_one:
+            warnings.warn(
+                f"The head {self.name!r} can be differentiated once only, so a step takes a backward pass through it "
+                "for each sample. Pass a smaller head, or give its autograd.Function a jvp.",
+                stacklevel=4,
+            )
 
 
 def meta_dtype(logits: Tensor) -> torch.dtype:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from .calls import other_streams_kept, swapped, torch_stream_kept
 from .heads import Head
 from .tap import Capture, Tap, take_rows
 
@@ -54,15 +50,15 @@ class Replay:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Capture) -> Capture:
         """One more forward as the user's was, without gradients and without a trace."""
         device = like.features.device
-        devices = [] if device.type == "cpu" else [device]
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}
         with (
-            _other_streams_kept(),
-            torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
+            other_streams_kept(),
+            torch_stream_kept(device),
             torch.autocast(device.type, like.autocast, enabled=like.autocast is not None),
+            swapped(self._core, buffers),
             self._tap.divert() as box,
         ):
-            output = functional_call(self._core, buffers, args, kwargs)
+            output = self._core(*args, **kwargs)
         if not box:
             raise RuntimeError(f"The extra forward did not pass through the head {self._head.name!r}.")
         capture = box[0]
@@ -80,19 +76,6 @@ def takes(capture: Capture, tensor: Tensor) -> bool:
 def _leaves(capture: Capture) -> list[Any]:
     """The model's inputs, in their order."""
     return pytree.tree_leaves((capture.args, capture.kwargs))
-
-
-@contextmanager
-def _other_streams_kept() -> Iterator[None]:
-    """Python's and numpy's random streams go on as if nothing had been drawn within."""
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
 
 
 def _is_batched(leaf: Any, batch_size: int) -> bool:

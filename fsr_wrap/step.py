@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, functional
+from .calls import other_streams_kept
 from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems, finite_rows
 from .config import FSRConfig
 from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
@@ -74,6 +75,7 @@ class Reweighting:
         self._watch = Watch()
         self._mixes: deque[_Mix] = deque(maxlen=8)
         self._checked = False
+        self._looks = 0  # batches that came before the check saw something
         self._recorded: list[_Decision] | None = None
         self._replayed: Iterator[_Decision] = iter(())
         self._listen()
@@ -176,9 +178,7 @@ class Reweighting:
         if not good:
             valid = self._look_closer(logits, capture, target, label, index, rows)
         if not self._checked:
-            check_rows(found, logits, self.head.name)
-            with self._tap.mute():
-                self._checked = self.head.check(capture, logits)
+            self._check_head(found, capture, logits)
         if good or (logits.device.type == "cpu" and self.config.nonfinite == "raise"):
             return _Accepted(logits, target, label, index, capture, mix, None, given, found)
         index, label = torch.where(valid, index, 0), label.clamp(0, logits.shape[1] - 1)
@@ -188,6 +188,16 @@ class Reweighting:
         features, soft = _masked(valid, capture.features, soft, self.config.label_smoothing)
         kept = replace(capture, features=features)
         return _Accepted(logits, soft, label, index, kept, mix, valid, given, found)
+
+    def _check_head(self, found: Capture, capture: Capture, logits: Tensor) -> None:
+        """Looks at the head at the first batch, and at the 2nd, 4th, 8th and so on as long as nothing could be seen."""
+        if self._looks & (self._looks + 1) == 0:
+            off = _autocast_off(logits.device.type)
+            with torch.no_grad(), off, self._tap.mute(), other_streams_kept():
+                check_rows(found, logits, self.head.name)
+                self._checked = self.head.check(capture, logits)
+                self.head.find_derivative(capture.features, logits)
+        self._looks += 1
 
     def _look_closer(
         self, logits: Tensor, capture: Capture, target: Tensor, label: Tensor, index: Tensor, rows: int
@@ -229,7 +239,8 @@ class Reweighting:
         decision = next(self._replayed, None)
         size = 0
         if decision is None:
-            with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute():
+            kept = nullcontext() if self.head.is_linear else other_streams_kept()
+            with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute(), kept:
                 decision = self._decide(batch, logits.detach(), target.detach(), smoothing)
             size = decision.size
             if self._recorded is not None:
