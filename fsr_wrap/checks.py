@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .distributed import world_size
 
+SUM_TOLERANCE = 0.02  # of a row of soft targets: mixed and smoothed in bfloat16 they may be off by 0.01
 INDEX_LIMIT = 2**27  # where N is not known: larger numbers are hardly those of samples counted from 0
 
 
@@ -27,7 +29,7 @@ def as_logits(output: Any) -> Tensor:
     )
 
 
-def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int | None) -> Tensor:
+def check_batch(logits: Tensor, target: Tensor, index: Any, label: Any = None, *, num_classes: int | None) -> Tensor:
     """Shapes, dtypes and devices, which cost no look at the values.
 
     **Returns:** the index as int64, (b,), on the device of the logits.
@@ -64,6 +66,8 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
         )
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device}, the logits on {logits.device}: move it there.")
+    if label is not None:
+        _check_label(label, logits)
     if not isinstance(index, Tensor):
         index = torch.as_tensor(index, device="cpu")
     if index.shape != (samples,):
@@ -75,20 +79,33 @@ def check_batch(logits: Tensor, target: Tensor, index: Any, *, num_classes: int 
     return index.to(logits.device, torch.int64, non_blocking=True)
 
 
-def all_good(logits: Tensor, features: Tensor | None, target: Tensor, label: Tensor, index: Tensor, rows: int) -> bool:
+def _check_label(label: Any, logits: Tensor) -> None:
+    if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != logits.shape[:1]:
+        found = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise ValueError(
+            f"label must be int64 class numbers of shape ({len(logits)},), each sample's own, not {found}."
+        )
+    if label.device != logits.device:
+        raise ValueError(f"label is on {label.device}, the logits on {logits.device}: move it there.")
+
+
+def all_good(
+    logits: Tensor, features: tuple[Tensor, ...], target: Tensor, label: Tensor, index: Tensor, rows: int
+) -> bool:
     """Whether all is certainly in range, by few looks at the batch as a whole; on the host only, where looking is free.
 
-    `features` are None where they cannot be other than finite if the logits are, as at a linear head. False says that
-    `find_problems` must look closer.
+    `features`: what else must be finite. False says that `find_problems` must look closer.
     """
     if logits.device.type != "cpu" or len(label) == 0:
         return False
     if not math.isfinite(logits.detach().sum().item()):
         return False
-    if features is not None and not math.isfinite(features.sum().item()):
+    if not all(math.isfinite(tensor.sum().item()) for tensor in features):
         return False
-    if target.ndim == 2 and not (math.isfinite(target.sum().item()) and target.min().item() >= 0):
-        return False
+    if target.ndim == 2:
+        gap = (target.detach().sum(1, dtype=torch.float32) - 1).abs().max().item()
+        if not (gap <= SUM_TOLERANCE and target.min().item() >= 0):
+            return False
     for values, limit in ((label.tolist(), logits.shape[1]), (index.tolist(), rows)):
         if min(values) < 0 or max(values) >= limit:
             return False
@@ -104,26 +121,51 @@ def finite_rows(tensor: Tensor) -> Tensor:
 
 
 def find_problems(
-    logits: Tensor, features: Tensor, target: Tensor, label: Tensor, index: Tensor, rows: int
-) -> tuple[dict[str, Tensor], Tensor]:
+    logits: Tensor, features: tuple[Tensor, ...], target: Tensor, label: Tensor, index: Tensor, rows: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Which samples have values out of range.
 
-    **Returns:** for each kind of problem how many samples have it, (), and (b,) bool, the samples that have none.
+    **Returns:** for each kind of problem how many samples have it, (); what `describe_targets` must know, (); and (b,)
+    bool, the samples that have none.
     """
-    finite = finite_rows(logits.detach()) & finite_rows(features)
-    good_label = (label >= 0) & (label < logits.shape[1])
-    if target.ndim == 2:
-        good_label &= (target >= 0).all(1) & target.sum(1).isfinite()
-    good_index = (index >= 0) & (index < rows)
-    problems = {"label": ~good_label, "index": ~good_index, "non-finite": ~finite}
-    return {name: bad.sum() for name, bad in problems.items()}, finite & good_label & good_index
+    finite = finite_rows(logits.detach())
+    for tensor in features:
+        finite = finite & finite_rows(tensor)
+    good = {"label": (label >= 0) & (label < logits.shape[1]), "index": (index >= 0) & (index < rows)}
+    details: dict[str, Tensor] = {}
+    if target.ndim == 2 and len(target):
+        soft = target.detach()
+        sums = soft.sum(1, dtype=torch.float32)
+        good["target"] = (soft >= 0).all(1) & ((sums - 1).abs() <= SUM_TOLERANCE)
+        whole = ((soft == 0) | (soft == 1)).all()
+        details = {"low": soft.amin(), "high": soft.amax(), "least": sums.amin(), "most": sums.amax(), "whole": whole}
+    good["non-finite"] = finite
+    valid = torch.stack(list(good.values())).all(0)
+    return {name: (~one).sum() for name, one in good.items()}, details, valid
+
+
+def describe_targets(low: float, high: float, least: float, most: float, whole: float) -> str:
+    """What is wrong with soft targets of these values and sums of rows."""
+    if not (low >= 0 and high <= 1):
+        found = f"values in [{low:.4g}, {high:.4g}], as of regression"
+    elif whole:
+        found = f"rows of {least:.0f} to {most:.0f} ones, as where a sample may have several labels (multi-hot)"
+    else:
+        found = f"rows that sum to {least:.4g}" + (f" to {most:.4g}" if most > least else "")
+    return (
+        f"soft targets that are no class distribution: {found}. FSR is for classification by softmax cross-entropy: "
+        "give int64 class numbers, or rows of values in [0, 1] that sum to 1."
+    )
+
+
+Messages = dict[str, str | Callable[..., str]]
 
 
 class Watch:
     """Raises for problems: on the host at once, on an accelerator when their count has arrived, without waiting."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[Tensor, Any, dict[str, str]]] = deque()
+        self._pending: deque[tuple[Tensor, Any, Messages, list[str]]] = deque()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         return Watch()
@@ -134,24 +176,30 @@ class Watch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._pending = deque()
 
-    def __call__(self, problems: dict[str, Tensor], messages: dict[str, str]) -> None:
-        """Looks at the counts of one batch, and at those that came in since. **Raises:** `ValueError`."""
-        counts = torch.stack(list(problems.values()))
-        messages = {name: messages[name] for name in problems}
+    def __call__(self, problems: dict[str, Tensor], messages: Messages, details: dict[str, Tensor]) -> None:
+        """Looks at the counts of one batch, and at those that came in since. **Raises:** `ValueError`.
+
+        A message is a text, or a function of the `details`.
+        """
+        counts = torch.stack([value.float() for value in (*problems.values(), *details.values())])
+        messages, names = {name: messages[name] for name in problems}, list(details)
         if counts.device.type == "cpu":
-            self._raise(counts, messages)
+            self._raise(counts, messages, names)
             return
         while self._pending and self._pending[0][1].query():
-            counted, _, said = self._pending.popleft()
-            self._raise(counted, said, " (in an earlier batch; the samples were left out of it)")
+            counted, _, said, of = self._pending.popleft()
+            self._raise(counted, said, of, " (in an earlier batch; the samples were left out of it)")
         copied = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
         copied.copy_(counts, non_blocking=True)
         event = torch.get_device_module(counts.device).Event()
         event.record()
-        self._pending.append((copied, event, messages))
+        self._pending.append((copied, event, messages, names))
 
     @staticmethod
-    def _raise(counts: Tensor, messages: dict[str, str], where: str = "") -> None:
-        for count, message in zip(counts.tolist(), messages.values(), strict=True):
+    def _raise(counts: Tensor, messages: Messages, names: list[str], where: str = "") -> None:
+        numbers = counts.tolist()
+        details = dict(zip(names, numbers[len(messages) :], strict=True))
+        for count, message in zip(numbers, messages.values(), strict=False):
             if count:
-                raise ValueError(f"{count} samples of the batch have {message}{where}")
+                text = message if isinstance(message, str) else message(**details)
+                raise ValueError(f"{count:.0f} samples of the batch have {text}{where}")

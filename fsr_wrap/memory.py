@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from typing import Any
 
@@ -212,6 +213,11 @@ class Memory:
         self.draws += 1
         seed = (self.config.seed * 1_000_003 + self.draws) * 4096 + stream
         return torch.Generator("cpu").manual_seed(seed % 2**63)
+
+    def generator_at(self, *place: object) -> torch.Generator:
+        """A generator that depends on seed and place alone."""
+        digest = hashlib.blake2b(repr((self.config.seed, place)).encode(), digest_size=8).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings; copies."""

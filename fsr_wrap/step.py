@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,41 +16,33 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .calls import other_streams_kept
-from .checks import INDEX_LIMIT, Watch, all_good, check_batch, find_problems, finite_rows
+from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets, find_problems, finite_rows
 from .config import FSRConfig
 from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
 from .memory import Memory
+from .mixing import Mix, Mixer, check_mixable, shown
 from .pushers import Pusher, Visit
-from .replay import Replay, takes
+from .replay import Replay
 from .tap import Capture, Tap, check_rows, take_rows
 
 
 @dataclass
-class _Mix:
-    """What one call of `mixup` mixed."""
-
-    mixed: Tensor
-    target: Tensor
-    inputs: Tensor
-    label: Tensor
-    partner: Tensor
-    share: Tensor
-
-
-@dataclass
 class _Accepted:
-    """A batch that passed the checks. `valid` is None where every sample is; `given` and `found` are the user's logits
-    and the capture of their forward."""
+    """A batch that passed the checks. `clean` is the capture of the inputs that are not mixed; `valid` is None where
+    every sample is; `given` and `found` are the user's logits and the capture of their forward; `shown` is whether the
+    sample's own class is the largest in a target that somebody else mixed, None where nobody did."""
 
     logits: Tensor
     target: Tensor
     label: Tensor
     index: Tensor
     capture: Capture
-    mix: _Mix | None
+    clean: Capture
+    mix: Mix | None
     valid: Tensor | None
     given: Tensor
     found: Capture
+    shown: Tensor | None = None
 
 
 @dataclass
@@ -73,11 +66,12 @@ class Reweighting:
         self.weights: Tensor | None = None  # of the last batch
         self._pusher: Pusher = config.get_pusher()
         self._watch = Watch()
-        self._mixes: deque[_Mix] = deque(maxlen=8)
+        self._mixer = Mixer()
+        self._warned_of_label = False
         self._checked = False
         self._looks = 0  # batches that came before the check saw something
         self._recorded: list[_Decision] | None = None
-        self._replayed: Iterator[_Decision] = iter(())
+        self._replayed: deque[_Decision] = deque()
         self._listen()
 
     def _listen(self) -> None:
@@ -101,9 +95,18 @@ class Reweighting:
         memory = self.memory
         return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
 
-    def loss(self, logits: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, int]:
+    def loss(self, logits: Tensor, target: Tensor, index: Tensor, label: Tensor | None) -> tuple[Tensor, int]:
         """The loss to back-propagate, and b over all processes, 0 if it does not count; see `FSRWrapper.loss`."""
-        batch = self._accept(logits, target, index)
+        batch = self._accept(logits, target, index, label)
+        guessed = target.ndim == 2 and label is None and batch.mix is None and not self._replayed
+        if guessed and not self._warned_of_label:
+            self._warned_of_label = True
+            warnings.warn(
+                "The soft targets are not those of FSR's own mixup(), so the class that scores and dictionary see is "
+                "the largest entry of each, which in mixed images may be the partner's. Pass the samples' own classes "
+                "as well: loss(logits, target, index, label=y).",
+                stacklevel=3,
+            )
         self._prepare(batch)
         return self._train(batch)
 
@@ -116,36 +119,22 @@ class Reweighting:
         evaluations = iter([kept])  # the list to write to, at the first evaluation
 
         def evaluate() -> Any:
-            self._recorded, self._replayed = next(evaluations, None), iter(list(kept))
+            self._recorded, self._replayed = next(evaluations, None), deque(kept)
             try:
                 return closure()
             finally:
-                self._recorded, self._replayed = None, iter(())
+                self._recorded, self._replayed = None, deque()
 
         return evaluate
 
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed inputs and their soft targets; see `FSRWrapper.mixup`."""
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            raise TypeError("mixup() takes floating-point inputs: normalise the images first.")
-        if target.dtype != torch.int64 or target.shape != inputs.shape[:1]:
-            raise ValueError(
-                f"mixup() takes int64 class numbers of shape ({len(inputs)},), not {target.dtype} of shape "
-                f"{tuple(target.shape)}."
-            )
-        generator = self.memory.generator(1 + distributed.rank())
-        uniform = torch.rand(len(inputs), generator=generator, dtype=torch.float32, device="cpu").to(
-            inputs.device, non_blocking=True
-        )
-        partner = torch.randperm(len(inputs), generator=generator, device="cpu").to(inputs.device, non_blocking=True)
-        share = functional.mixup_coefficients(uniform, self.config.mixup_beta)
-        shape = (-1, *[1] * (inputs.ndim - 1))
-        mixed = torch.lerp(inputs[partner], inputs, share.view(shape).to(inputs.dtype))
-        known = target.clamp(0, self._num_classes() - 1)  # loss() refuses the others
-        hard = functional.dense_target(known, share.new_zeros(len(target), self._num_classes()))
-        soft = torch.lerp(hard[partner], hard, share[:, None])
-        self._mixes.append(_Mix(mixed, soft, inputs, target, partner, share))
-        return mixed, soft
+        check_mixable(inputs, target)
+        # Numbers that depend on where training stands, so that a call whose batch is not used changes nothing.
+        position = self.memory.epoch, self.memory.consumed
+        generator = self.memory.generator_at(position, self._mixer.number(position), distributed.rank())
+        beta = self.config.mixup_beta
+        return self._mixer.mix(inputs, target, self._num_classes(), position, generator, beta)
 
     def _num_classes(self) -> int:
         if self.memory.num_classes is not None:
@@ -154,40 +143,58 @@ class Reweighting:
             return self.head.num_classes
         raise RuntimeError("mixup() must know the number of classes: pass one batch to loss() first, or a linear head.")
 
-    def _accept(self, logits: Tensor, target: Tensor, index: Tensor) -> _Accepted:
+    def _accept(self, logits: Tensor, target: Tensor, index: Tensor, given: Tensor | None) -> _Accepted:
         """Checks all that was passed; raises before anything is changed."""
-        index = check_batch(logits, target, index, num_classes=self.memory.num_classes)
-        mix = self._find_mix(target)
-        found, given = self._tap.find(logits), logits
+        index = check_batch(logits, target, index, given, num_classes=self.memory.num_classes)
+        found = self._tap.find(logits)
         if found is None:
             raise RuntimeError(
                 f"loss() found no forward of this model that passed through the head {self.head.name!r}: call "
                 "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
                 "was compiled, wrap it before its first call."
             )
-        capture = take_rows(found, logits)
-        if mix is not None and not takes(capture, mix.mixed):
-            raise ValueError("The model was not called with the inputs that mixup() returned: mix last, then call it.")
+        mix, capture = self._mixer.find(found, target), take_rows(found, logits)
+        clean = self._clean(capture, mix)
         if self.memory.ready:
-            self.memory.dictionary.check_payload(self._replay.payload(capture))
-        label = mix.label if mix else target if target.ndim == 1 else target.detach().argmax(1)
+            self.memory.dictionary.check_payload(self._replay.payload(clean))
+        label = _label(target, given, mix)
         rows = self.memory.num_samples or INDEX_LIMIT
         # A linear head's logits cannot be finite where its input is not.
         told = self.head.is_linear and capture.output.data_ptr() == logits.data_ptr()
-        good = all_good(logits, None if told else capture.features, target, label, index, rows)
+        others = (clean.features, clean.output) if clean is not capture else ()
+        good = all_good(logits, others if told else (capture.features, *others), target, label, index, rows)
         if not good:
-            valid = self._look_closer(logits, capture, target, label, index, rows)
+            valid = self._look_closer(logits, (capture.features, *others), target, label, index, rows)
         if not self._checked:
             self._check_head(found, capture, logits)
-        if good or (logits.device.type == "cpu" and self.config.nonfinite == "raise"):
-            return _Accepted(logits, target, label, index, capture, mix, None, given, found)
-        index, label = torch.where(valid, index, 0), label.clamp(0, logits.shape[1] - 1)
-        logits = torch.where(valid[:, None], logits, 0)
-        hard_or_soft = label if target.ndim == 1 else torch.where(valid[:, None], target, 0)
+        batch = _Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
+        if not good and (logits.device.type != "cpu" or self.config.nonfinite == "skip"):
+            batch = self._masked(batch, valid)
+        if given is not None and target.ndim == 2 and mix is None:
+            batch.shown = shown(target.detach(), batch.label)
+        return batch
+
+    def _masked(self, batch: _Accepted, valid: Tensor) -> _Accepted:
+        """The batch with zeros for the samples that are not valid."""
+        index, label = torch.where(valid, batch.index, 0), batch.label.clamp(0, batch.logits.shape[1] - 1)
+        logits = torch.where(valid[:, None], batch.logits, 0)
+        hard_or_soft = label if batch.target.ndim == 1 else torch.where(valid[:, None], batch.target, 0)
         soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
-        features, soft = _masked(valid, capture.features, soft, self.config.label_smoothing)
-        kept = replace(capture, features=features)
-        return _Accepted(logits, soft, label, index, kept, mix, valid, given, found)
+        features, soft = _masked(valid, batch.capture.features, soft, self.config.label_smoothing)
+        capture = clean = replace(batch.capture, features=features)
+        if batch.clean is not batch.capture:
+            rows = batch.clean
+            clean = replace(rows, features=_rows(valid, rows.features), output=_rows(valid, rows.output))
+        batch = replace(batch, logits=logits, target=soft, label=label, index=index, valid=valid)
+        return replace(batch, capture=capture, clean=clean)
+
+    def _clean(self, capture: Capture, mix: Mix | None) -> Capture:
+        """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
+        if mix is None or self._replayed:
+            return capture
+        device = capture.features.device.type
+        with torch.no_grad(), _autocast_off(device), self._tap.mute():
+            return self._replay.clean(capture, mix.mixed, mix.inputs)
 
     def _check_head(self, found: Capture, capture: Capture, logits: Tensor) -> None:
         """Looks at the head at the first batch, and at the 2nd, 4th, 8th and so on as long as nothing could be seen."""
@@ -200,35 +207,34 @@ class Reweighting:
         self._looks += 1
 
     def _look_closer(
-        self, logits: Tensor, capture: Capture, target: Tensor, label: Tensor, index: Tensor, rows: int
+        self,
+        logits: Tensor,
+        features: tuple[Tensor, ...],
+        target: Tensor,
+        label: Tensor,
+        index: Tensor,
+        rows: int,
     ) -> Tensor:
         """Which samples are good, (b,) bool. **Raises:** `ValueError` for others, as far as they are not skipped."""
-        problems, valid = find_problems(logits, capture.features, target, label, index, rows)
-        messages = {
-            "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or soft targets that are "
-            "negative, NaN or infinite.",
+        problems, details, valid = find_problems(logits, features, target, label, index, rows)
+        messages: dict[str, str | Callable[..., str]] = {
+            "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or another than mixup() was "
+            "given.",
+            "target": describe_targets,
             "index": f"an index outside [0, {rows}). Indices number the samples from 0, as with_index(dataset) does; "
             "pass dataset= or num_samples= of the whole data set.",
             "non-finite": "NaN or infinite logits or features. Lower the learning rate, or pass nonfinite='skip'.",
         }
         skip = self.config.nonfinite == "skip"
-        self._watch({name: n for name, n in problems.items() if not (skip and name == "non-finite")}, messages)
+        raised = {name: n for name, n in problems.items() if not (skip and name == "non-finite")}
+        self._watch(raised, messages, details)
         return valid
-
-    def _find_mix(self, target: Tensor) -> _Mix | None:
-        for mix in reversed(self._mixes):
-            if mix.target is target:
-                return mix
-        if self._mixes and target.is_floating_point():
-            raise ValueError("mixup() was called, but loss() got another target: pass it as mixup() returned it.")
-        return None
 
     def _prepare(self, batch: _Accepted) -> None:
         """The batch is good: makes room for it, and forgets what was kept for it."""
         self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
         self._tap.discard(batch.found, batch.given)
-        while batch.mix is not None and self._mixes and self._mixes.popleft() is not batch.mix:
-            pass
+        self._mixer.discard(batch.mix)
 
     def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
@@ -236,7 +242,7 @@ class Reweighting:
         smoothing = config.label_smoothing if batch.valid is None else 0.0  # masked targets are smooth already
         logits = batch.logits.to(dtype)
         target = batch.target if batch.target.ndim == 1 else batch.target.to(dtype)
-        decision = next(self._replayed, None)
+        decision = self._replayed.popleft() if self._replayed else None
         size = 0
         if decision is None:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
@@ -268,10 +274,8 @@ class Reweighting:
         index, new = batch.index, memory.table.is_new(batch.index, memory.epoch)
         if valid is not None:
             new, index = new & valid, torch.where(valid, index, -1)
-        clean, clean_logits = batch.capture, logits
-        if batch.mix is not None:
-            clean = self._replay.clean(batch.capture, batch.mix.mixed, batch.mix.inputs)
-            clean_logits = clean.output.to(logits.dtype)
+        clean = batch.clean
+        clean_logits = logits if batch.mix is None else clean.output.to(logits.dtype).flatten(1)
         stored = squares = None
         if memory.pseudo is not None:
             stored, squares = memory.pseudo.stored(batch.index, logits.dtype)
@@ -296,7 +300,9 @@ class Reweighting:
 
         rule = "uniform" if scores is None else self.config.weight_rule
         unnormalized, sums = _unnormalized(rule, losses if scores is None else scores, valid)
-        mine, length = (index, batch.label, score, *(() if learned is None else (visit.right,))), max(counts)
+        # A class that there is not is no candidate's.
+        label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
+        mine, length = (index, label, score, *(() if learned is None else (visit.right,))), max(counts)
         sums, (index, label, score, *right) = distributed.gather(sums, mine, length)
         weights = self._normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
@@ -307,6 +313,8 @@ class Reweighting:
         if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
             if not alone:
                 row = row[offset : offset + len(losses)]
+            if batch.shown is not None:
+                row, new = torch.where(batch.shown, row, -1), new & batch.shown
             pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square)
             seen = (squares > 0) & new
             if batch.mix is not None:
@@ -420,10 +428,22 @@ def _unnormalized(rule: str, scores: Tensor, valid: Tensor | None) -> tuple[Tens
     return torch.ones_like(scores) if valid is None else valid.to(scores.dtype), scores.new_zeros(0)
 
 
+def _rows(valid: Tensor, tensor: Tensor) -> Tensor:
+    return torch.where(valid.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
+
+
+def _label(target: Tensor, given: Tensor | None, mix: Mix | None) -> Tensor:
+    """The class of each sample that scores and dictionary see, (b,)."""
+    if mix is not None:
+        return mix.label if given is None or given is mix.label else torch.where(given == mix.label, given, -1)
+    if given is not None:
+        return given
+    return target if target.ndim == 1 else target.detach().argmax(1)
+
+
 def _masked(valid: Tensor, features: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Features (n, ...) and dense targets (n, C), smoothed, with zeros for the samples that are not valid."""
-    features = torch.where(valid.view(-1, *[1] * (features.ndim - 1)), features, 0)
-    return features, functional.dense_target(target, target, label_smoothing) * valid[:, None]
+    return _rows(valid, features), functional.dense_target(target, target, label_smoothing) * valid[:, None]
 
 
 def _autocast_off(device: str) -> AbstractContextManager[Any]:

@@ -110,7 +110,7 @@ class FSRWrapper(Optimizer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
-    def loss(self, logits: Any, target: Tensor, index: Tensor) -> Tensor:
+    def loss(self, logits: Any, target: Tensor, index: Tensor, label: Tensor | None = None) -> Tensor:
         """The loss to back-propagate, in place of cross-entropy: Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
 
         It also values the batch, offers it to the dictionary and counts the epoch; it leaves gradients, RNG streams,
@@ -120,9 +120,13 @@ class FSRWrapper(Optimizer):
         **Arguments:**
 
         - `logits`: (b, C) as they leave the model, or a Hugging Face model output that has `logits`.
-        - `target`: (b,) int64 class numbers, or (b, C) soft targets, from `mixup` or your own (of those the largest
-            entry is the class that scores and dictionary see).
+        - `target`: (b,) int64 class numbers, or (b, C) soft targets, from `mixup` or your own: rows of values in [0, 1]
+            that sum to 1, up to 0.02.
         - `index`: (b,) integers, the samples' indices in [0, N).
+        - `label`: (b,) int64, the samples' own classes, where `target` was mixed by somebody else, timm's Mixup say.
+            Scores and dictionary are about this class. In batches where another class is more of its target, a sample
+            is no candidate for the dictionary, and has no pseudo-label. Without `label` the largest entry is taken, and
+            a warning says so.
 
         **Returns:** a scalar. In several processes it is scaled so that DDP's averaging gives the global loss.
 
@@ -134,7 +138,7 @@ class FSRWrapper(Optimizer):
         logits = as_logits(logits)
         if not torch.is_grad_enabled():
             return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
-        loss, size = self._reweighting.loss(logits, target, index)
+        loss, size = self._reweighting.loss(logits, target, index, label)
         self._count(size)
         return loss
 
