@@ -33,6 +33,7 @@ PAIRS = (  # of a classifier and one for distillation, whose mean the logits are
     ("head", "head_dist"),
     ("cls_classifier", "distillation_classifier"),
     ("classifier", "classifier_distill"),
+    ("head", "dist_head"),
 )
 CLASSIFIER_NAMES = ("classifier", "score", "fc", "head", "heads", "output_layer")
 
@@ -123,12 +124,18 @@ def resolve_part(
 
     **Arguments:** `head` as in `resolve_head`, or a list of such, or `"all"`; the module is then the whole model.
 
-    **Raises:** as `resolve_head`; `ValueError` if the parts have no parameters that are trained.
+    **Raises:** as `resolve_head`; `ValueError` if the head has no forward, or the parts no parameters that are trained.
     """
     if isinstance(head, (list, tuple)) and len(head) == 1:
         head = head[0]
     if isinstance(head, nn.Module) or (isinstance(head, str) and head != "all"):
-        return *resolve_head(model, head), None
+        name, module = resolve_head(model, head)
+        if type(module) in (nn.ModuleList, nn.ModuleDict):
+            raise ValueError(
+                f"The head {name!r} is a {type(module).__name__}, which has no forward: pass one of its modules, "
+                'a list of them (a deeper Θ^meta), or "auto", which joins the classifiers of timm\'s CrossViT and such.'
+            )
+        return name, module, None
     if not isinstance(head, (str, list, tuple)):
         raise TypeError(f'head must be a name, a module, a list of them, "auto" or "all", not {type(head).__name__}.')
     found = [("", model)] if head == "all" else [resolve_head(model, one) for one in head]

@@ -126,6 +126,15 @@ def test_one_of_two_classifiers_is_refused_with_advice_and_trains_by_name():
         fsr.loss(caught[0], torch.arange(20) % CLASSES, torch.arange(20))
 
 
+def test_a_list_of_modules_is_no_head():
+    model = Branches()
+    model.heads = nn.ModuleList([model.head, model.head_dist])
+    with pytest.raises(
+        ValueError, match=r"'heads' is a ModuleList, which has no forward: pass one of its modules.*auto"
+    ):
+        FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), head="heads")
+
+
 def test_a_distilled_model_of_timm_in_distilled_training():
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, depth=1, img_size=32)
     model.set_distilled_training(True)
@@ -310,6 +319,11 @@ HUGGING_FACE = {
     "ConvNextForImageClassification": ("ConvNextConfig", NARROW, "classifier"),
     "SwinForImageClassification": ("SwinConfig", SWIN, "classifier"),
     "DeiTForImageClassificationWithTeacher": ("DeiTConfig", IMAGE, "cls_classifier + distillation_classifier"),
+    "SwiftFormerForImageClassification": (
+        "SwiftFormerConfig",
+        {"depths": [1] * 4, "embed_dims": [8] * 4, "image_size": 64, "num_labels": CLASSES},
+        "head + dist_head",
+    ),
     "LevitForImageClassificationWithTeacher": (
         "LevitConfig",
         {**LEVIT, "key_dim": [8] * 3, "num_labels": CLASSES},
