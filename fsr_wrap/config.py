@@ -12,7 +12,9 @@ from .pushers import PUSHERS, Pusher, get_pusher
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PusherName = Literal["meta_margin", "authors_margin", "negative_loss", "area_under_margin"]
+PusherName = Literal[
+    "meta_margin", "authors_margin", "negative_loss", "area_under_margin", "max_margin", "forgetting_event"
+]
 PresetName = Literal["cifar_noise", "webvision", "cifar_long_tailed", "inat2018", "cifar_long_tailed_noise"]
 WeightRule = Literal["clip", "shift", "uniform"]
 Storage = Literal["float16", "int8"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collisions import GivenLabels
 from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import world_size
@@ -41,6 +42,7 @@ class Memory:
     """
 
     table: ScoreTable
+    given: GivenLabels
     dictionary: RewardDictionary
     pseudo: PseudoLabels | None
     sums: Tensor
@@ -80,10 +82,12 @@ class Memory:
         if self.pseudo is not None:
             self.pseudo.grow(rows)
         self.table.grow(rows)
+        self.given.grow(rows)
         self.largest = largest
 
     def _to(self, device: torch.device) -> None:
         self.table.to(device)
+        self.given.to(device)
         self.dictionary.to(device)
         if self.pseudo is not None:
             self.pseudo.to(device)
@@ -98,6 +102,7 @@ class Memory:
             pseudo = PseudoLabels(rows, num_classes, *how, device=device)
         learned = config.get_pusher().needs_learned
         self.table = ScoreTable(rows, config.score_momentum, device, learned=learned)
+        self.given = GivenLabels(rows, num_classes, device)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
@@ -115,6 +120,7 @@ class Memory:
         self.dictionary.update(carry, self.generator(0))
         self.plan = None
         self.consolidate()
+        self.given.end_epoch()
 
     def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Labels (q,) and payloads of the next reward batch."""
@@ -144,10 +150,12 @@ class Memory:
         offset: int = 0,
         new: Tensor | None = None,
         right: Tensor | None = None,
+        given: bool = True,
     ) -> Tensor:
         """Takes note of a batch: of the samples of all processes, and the payloads of this one's.
 
-        **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`.
+        **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`; `given`, whether these are the labels that
+        the samples were given, as the largest entry of a soft target may not be.
 
         **Returns:** the rows of the score table that were written, -1 where nothing was kept.
         """
@@ -155,8 +163,12 @@ class Memory:
             self.scattered = True
             if self.num_samples is None:
                 self.prepare(index, self.dictionary.num_classes, index.device)
+        batch = torch.stack([index, label])  # a copy: they may be the user's own
+        index, label = batch
+        if given:
+            self.given.note(batch)
         row, momentum = self.table.update(index, score, self.epoch, new, right)
-        self.dictionary.push(row, label.clone(), momentum, payload, offset=offset)  # the label may be the user's own
+        self.dictionary.push(row, label, momentum, payload, offset=offset)
         return row
 
     def count(
@@ -227,6 +239,7 @@ class Memory:
         state |= {name: getattr(self, name) for name in _NUMBERS}
         if self.ready:
             state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}
+            state["given"] = self.given.state_dict()
             state |= {"sums": self.sums.clone(), "gradient": {k: v.clone() for k, v in self.gradient.items()}}
             state |= {"uncounted": self._uncounted_columns(), "sizes": list(self._sizes)}
             if self.pseudo is not None:
@@ -275,6 +288,8 @@ class Memory:
             self._make(rows, dictionary.num_classes, state["table"]["score"].device)
             self.dictionary = dictionary
             self.table.load_state_dict(state["table"])
+            if "given" in state:
+                self.given.load_state_dict(state["given"])
             self.sums.copy_(state["sums"])
             self._uncounted = list(zip(*(column.clone() for column in state["uncounted"]), strict=True))
             self._sizes = list(state["sizes"])

@@ -30,7 +30,8 @@ from .tap import Capture, Tap, check_rows, take_rows
 class _Accepted:
     """A batch that passed the checks. `clean` is the capture of the inputs that are not mixed; `valid` is None where
     every sample is; `given` and `found` are the user's logits and the capture of their forward; `shown` is whether the
-    sample's own class is the largest in a target that somebody else mixed, None where nobody did."""
+    sample's own class is the largest in a target that somebody else mixed, None where nobody did; `own_label`
+    says that the label is the sample's own, not guessed from a soft target."""
 
     logits: Tensor
     target: Tensor
@@ -43,6 +44,7 @@ class _Accepted:
     given: Tensor
     found: Capture
     shown: Tensor | None = None
+    own_label: bool = True
 
 
 @dataclass
@@ -168,6 +170,7 @@ class Reweighting:
         if not self._checked:
             self._check_head(found, capture, logits)
         batch = _Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
+        batch.own_label = target.ndim == 1 or mix is not None or given is not None
         if not good and (logits.device.type != "cpu" or self.config.nonfinite == "skip"):
             batch = self._masked(batch, valid)
         if given is not None and target.ndim == 2 and mix is None:
@@ -307,8 +310,8 @@ class Reweighting:
         weights = self._normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
         payload = self._replay.payload(clean)
-        new_here, right_there = new if alone else None, right[0] if right else None
-        row = memory.visit(index, label, score, payload, offset=offset, new=new_here, right=right_there)
+        more = {"new": new if alone else None, "right": right[0] if right else None}
+        row = memory.visit(index, label, score, payload, offset=offset, given=batch.own_label, **more)
         pseudo = share = None
         if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
             if not alone:

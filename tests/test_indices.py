@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections import UserDict
 
 import datasets
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fsr_wrap import FSRWrapper, with_index
+from fsr_wrap.collisions import GivenLabels
 from fsr_wrap.data import sample_counts
 
 N = 12
@@ -279,3 +281,143 @@ def test_whole_numbers_in_a_torch_stream_are_taken():
     for wrong in ("a", 1.5, True, torch.tensor(1.5)):
         with pytest.raises(ValueError, match="does not number them"):
             next(iter(with_index(Numbered(wrong))))
+
+
+# --- what nobody can know before -------------------------------------------------------------------------------------
+
+
+def small_run(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"num_samples": 60, "dictionary_size": 6, "reward_batch_size": 6, "warmup_epochs": 1, **options}
+    return model, FSRWrapper(model, inner, **options)
+
+
+INPUTS, LABELS = torch.randn(60, 4), torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))
+
+
+def go(model, fsr, samples, index=None, labels=LABELS):
+    for part in range(0, len(samples), 10):
+        these = samples[part : part + 10]
+        given = these if index is None else index[part : part + 10]
+        fsr.loss(model(INPUTS[these]), labels[these], given).backward()
+        fsr.step()
+        fsr.zero_grad()
+
+
+ORDER = torch.arange(60)
+
+
+def test_samples_that_share_an_index_are_noticed_at_the_end_of_the_first_epoch():
+    """As of two streams that each count from 0."""
+    pair = small_run()
+    with pytest.warns(UserWarning, match=r"^\d+ of the 60 samples of this epoch came with another label .*with_index"):
+        go(*pair, ORDER, ORDER % 30)
+    go(*pair, ORDER, ORDER % 30)  # once
+
+
+def test_a_small_part_that_collides_is_noticed():
+    """As of a small data set that was joined to a large one."""
+    with pytest.warns(UserWarning, match="came with another label"):
+        go(*small_run(), ORDER, torch.where(ORDER < 50, ORDER, ORDER - 50))
+
+
+def test_an_order_that_changes_is_noticed_in_the_second_epoch():
+    model, fsr = small_run()
+    go(model, fsr, ORDER, ORDER)
+    with pytest.warns(UserWarning, match="came with another label"):
+        go(model, fsr, ORDER.roll(7), ORDER)
+
+
+def test_an_order_that_changes_is_noticed_after_a_resume(tmp_path):
+    """As of chunks that are dealt out to another number of workers."""
+    model, fsr = small_run()
+    go(model, fsr, ORDER, ORDER)
+    fsr.save(tmp_path)
+    model, resumed = small_run()
+    resumed.load(tmp_path)
+    with pytest.warns(UserWarning, match="came with another label"):
+        go(model, resumed, ORDER.roll(7), ORDER)
+
+
+def test_of_an_unknown_number_of_samples():
+    model, fsr = small_run(num_samples=None)
+    go(model, fsr, ORDER[:50], ORDER[:50] % 30)
+    with pytest.warns(UserWarning, match="came with another label"):
+        fsr.end_epoch()
+
+
+def with_replacement():
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1)) ** 4
+    return torch.multinomial(weights, 60, True, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        with_replacement(),
+        torch.cat([ORDER, ORDER[:20]]),  # padding, in a part of the next epoch
+        ORDER.repeat_interleave(3),  # repeated augmentation
+        torch.cat([ORDER[:20]] * 6),  # oversampling
+    ],
+    ids=["weighted", "padding", "repeated", "oversampled"],
+)
+def test_samples_that_come_again_are_fine(samples):
+    pair = small_run()
+    go(*pair, samples)
+    go(*pair, samples.flip(0))
+    pair[1].end_epoch()
+
+
+def test_a_few_corrected_labels_are_fine_and_many_are_said_once():
+    model, fsr = small_run()
+    go(model, fsr, ORDER)
+    few = LABELS.clone()
+    few[:2] = (few[:2] + 1) % 3
+    go(model, fsr, ORDER, labels=few)
+    with pytest.warns(UserWarning, match="Where you corrected labels, all is well"):
+        go(model, fsr, ORDER, labels=(LABELS + 1) % 3)
+
+
+def test_mixed_targets_tell_nothing():
+    """mixup()'s own leave the labels known; the largest entry of another soft target may be the partner's."""
+    model, fsr = small_run()
+    for _ in range(3):
+        for index in ORDER.split(10):
+            mixed, target = fsr.mixup(INPUTS[index], LABELS[index])
+            fsr.loss(model(mixed), target, index)
+    assert fsr.epoch == 3
+    model, fsr = small_run()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?!.*another label)")  # what is said of soft targets
+        for epoch in range(3):
+            for index in ORDER.split(10):
+                target = nn.functional.one_hot((LABELS[index] + epoch) % 3, 3).float()
+                fsr.loss(model(INPUTS[index]), target, index)
+
+
+def test_many_classes_and_samples_that_are_left_out():
+    labels = GivenLabels(10, 40_000)
+    for epoch in range(3):
+        labels.note(torch.tensor([[0, 1, 2, 3, -1], [39_999, 32_767, 32_768, 25_535, epoch]]))
+    labels.note(torch.stack([torch.tensor([-1] * 9), torch.arange(9)]))
+    labels.end_epoch()
+    labels.grow(50)
+    labels.note(torch.tensor([[0, 1, 2, 40], [1, 2, 3, 4]]))
+    with pytest.warns(UserWarning, match="^3 of the 4 samples"):
+        labels.end_epoch()
+
+
+def in_two_processes() -> bool:
+    model, fsr = small_run()
+    rank = torch.distributed.get_rank()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        go(model, fsr, ORDER[:30] + 30 * rank, ORDER[:30])
+    assert fsr.epoch == 1
+    return any("came with another label" in str(warning.message) for warning in said)
+
+
+def test_processes_whose_indices_collide_are_noticed_by_the_first():
+    assert run(2, in_two_processes) == [True, False]

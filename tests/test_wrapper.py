@@ -840,7 +840,7 @@ def test_hooks_go_with_the_wrapper() -> None:
 def test_metrics() -> None:
     model, fsr = make()
     assert fsr.metrics() == {}
-    train(model, fsr, 1)
+    train(model, fsr, 1, 0.4)
     warm = fsr.metrics()
     assert warm["fsr/zero_weight_ratio"] == 0
     assert warm["fsr/effective_sample_size"] == pytest.approx(50)

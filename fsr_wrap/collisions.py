@@ -1,0 +1,95 @@
+"""Whether one index is one sample: a sample keeps its given label, so an index that comes with another one does not."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .distributed import rank
+
+_UNSEEN = -1
+_SEVERAL = 64  # batches compared at once
+_SHARE = 1000  # one label in as many may differ: those that were corrected since
+
+
+class GivenLabels:
+    """The given label of each index, 2 bytes a sample, and how often another one came.
+
+    Samples that come again are no evidence: a sampler may draw with replacement, repeat augmentations or fill the last
+    batch. That one index comes with two labels is. They are compared some batches at a time, and nothing waits for the
+    device before the epoch's end.
+
+    **Arguments:** `num_samples`, N; `num_classes`, C.
+    """
+
+    def __init__(self, num_samples: int, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.label = torch.full((num_samples + 1,), _UNSEEN, dtype=torch.int16, device=device)  # and a spare row
+        self._classes = num_classes
+        self._visits = 0  # since the epoch began
+        self._other = torch.zeros((), dtype=torch.int64, device=device)  # of them with another label than before
+        self._waiting: list[Tensor] = []  # index and label of batches, (2, b) each
+        self._warned = False
+
+    def note(self, batch: Tensor) -> None:
+        """Takes note of the indices and labels of a batch, (2, b) int64; index −1 is nobody, and label C
+        not to be looked at."""
+        self._waiting.append(batch)
+        self._visits += batch.shape[1]
+        if len(self._waiting) == _SEVERAL:
+            self._compare()
+
+    def _compare(self) -> None:
+        if not self._waiting:
+            return
+        index, label = torch.cat(self._waiting, dim=1)
+        index = torch.where(label < self._classes, index, -1)
+        label = (label % 2**15 if self._classes > 2**15 else label).to(torch.int16)
+        before = self.label[index]
+        self.label[index] = label
+        other = ((label != before) & (before != _UNSEEN)) | (label != self.label[index])
+        self._other += (other & (index >= 0)).sum()
+        self._waiting = []
+
+    def end_epoch(self) -> None:
+        """Warns, once, if there were other labels than before. Synchronises with the device."""
+        self._compare()
+        other, visits = int(self._other), self._visits
+        self._other.zero_()
+        self._visits = 0
+        if self._warned or other <= max(2, visits // _SHARE):
+            return
+        self._warned = True
+        if rank() == 0:
+            warnings.warn(
+                f"{other} of the {visits} samples of this epoch came with another label than another sample of their "
+                "index. So several samples share an index, or the order of a stream changes, and their scores and "
+                "pseudo-labels are mixed up. Give every sample an index of its own: with_index(dataset) of the whole "
+                "data set, after ConcatDataset, concatenate_datasets or interleave_datasets and before it is split or "
+                "shuffled. (Where you corrected labels, all is well.)",
+                stacklevel=5,
+            )
+
+    def grow(self, num_samples: int) -> None:
+        """Make room for at least `num_samples`."""
+        held = len(self.label) - 1
+        if num_samples > held:
+            self._compare()
+            bigger = self.label.new_full((num_samples + 1,), _UNSEEN)
+            bigger[:held] = self.label[:-1]
+            self.label = bigger
+
+    def to(self, device: torch.device) -> None:
+        """Moves all of it."""
+        self._compare()
+        self.label, self._other = self.label.to(device), self._other.to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The labels without the spare row."""
+        self._compare()
+        return {"label": self.label[:-1].clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the labels back."""
+        self.label[:-1] = state["label"]
