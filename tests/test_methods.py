@@ -29,7 +29,7 @@ from methods import METHODS, Method, Task, incv, make_method
 from methods.base import frozen_statistics
 from methods.class_balanced import class_weights
 from methods.co_teaching import exchange
-from methods.crust import facility_location
+from methods.crust import most_central
 from methods.d2l import lid
 from methods.features import last_linear, record, stages
 from methods.forward_correction import estimate
@@ -458,15 +458,23 @@ def test_frozen_statistics() -> None:
 # --- selection, features ---------------------------------------------------------------------------------------------
 
 
-def test_facility_location_is_greedy() -> None:
+def test_the_released_lazy_greedy_takes_the_most_central() -> None:
+    """It pops the sample of largest known value, looks up the set's value with it, and takes it if that is at least the
+    next one's known value, which it always is."""
     points = torch.randn(25, 2)
     distance = torch.cdist(points, points)
-    similarity = (distance.max() - distance).numpy().astype(np.float64)
-    chosen: list[int] = []
-    for _ in range(12):
-        values = [similarity[:, [*chosen, j]].max(1).sum() if j not in chosen else -1 for j in range(25)]
-        chosen.append(int(np.argmax(values)))
-    assert facility_location(similarity, 12) == chosen
+    similarity = (distance.max() - distance).numpy()
+    known, nearest, chosen = similarity.sum(0), np.zeros(25), []
+    while len(chosen) < 12:
+        j = int(known.argmax())
+        value = np.maximum(nearest, similarity[j]).sum()
+        known[j] = -1
+        if value < known.max():
+            known[j] = value
+            continue
+        chosen.append(j)
+        nearest = np.maximum(nearest, similarity[j])
+    assert most_central(points, 12).tolist() == chosen
 
 
 def test_crust_halves_the_classes_and_mixes_within_them() -> None:
@@ -765,6 +773,8 @@ def test_runs_are_written_skipped_and_shown(
     assert "±" in shown[3]
     compare.plot(compare.read_runs(compare.parse(flags)), tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+    named = compare.parse([*flags, "--cases", "fashion-tail50", "cifar-small-a"]).cases
+    assert named == ["fashion-tail50", "cifar-small-aggre"]
     with pytest.raises(SystemExit):
         compare.parse([*flags, "--cases", "imagenet"])
     assert "beginnings of names" in capsys.readouterr().err

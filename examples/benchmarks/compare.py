@@ -276,7 +276,9 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
                 continue
             values = [run["last"] for run in part]
             x, y = statistics.median(run["cost"] for run in part), statistics.mean(values)
-            color = "#2a6f97" if name.startswith("fsr") else "#c8963e" if METHODS[name].needs_clean else "#777777"
+            color = (
+                "#2a6f97" if name.startswith("fsr") else "#c8963e" if METHODS.get(name, FSR).needs_clean else "#777777"
+            )
             error = statistics.stdev(values) if len(values) > 1 else 0
             panel.errorbar(x, y, error, fmt="o", color=color, markersize=4)
             panel.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6, color=color)
@@ -310,10 +312,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     unknown = set(args.methods or []) - set(METHODS)
     if unknown:
         parser.error(f"--methods {' '.join(sorted(unknown))}: give some of {', '.join(METHODS)}")
-    for beginning in args.cases:
-        if not any(key.startswith(beginning) for key in CASES):
-            parser.error(f"--cases {beginning}: give names, or beginnings of names, of {', '.join(CASES)}")
-    args.cases = [key for key in CASES if key.startswith(tuple(args.cases))]
+    found: set[str] = set()
+    for name in args.cases:
+        matching = {name} if name in CASES else {key for key in CASES if key.startswith(name)}
+        if not matching:
+            parser.error(f"--cases {name}: give names, or beginnings of names, of {', '.join(CASES)}")
+        found |= matching
+    args.cases = [key for key in CASES if key in found]
     args.all_methods = args.methods is None
     args.methods = args.methods or list(METHODS)
     return args

@@ -1,24 +1,29 @@
-"""CRUST, coresets for robust training (Mirzasoleiman et al., NeurIPS 2020).
+"""CRUST, coresets for robust training (Mirzasoleiman et al., NeurIPS 2020), as released.
 
-Before every epoch but the first few (5 of 120, scaled to the run), each class is cut to half: greedy facility location
-on the gradients of the samples' losses by the head's input, g_i = (p_i − y_i) W,
+Before every epoch but the first few (5 of 120, scaled to the run), each class is cut to the half that is most central
+among the gradients of the samples' losses by the head's input, g_i = (p_i − y_i) W:
 
-    S ← S ∪ argmax_j Σ_i max_{k ∈ S ∪ j} s_ik,  s_ij = max distance − ‖g_i − g_j‖.
+    S = the samples of largest Σ_j s_ij,  s_ij = max distance − ‖g_i − g_j‖.
 
 Training then sees S alone, each input mixed with one of its class in S, x̃ = λ x + (1 − λ) x', λ ~ Beta(1, 0.1).
+
+The paper means greedy facility location: one more sample j again and again, argmax_j Σ_i max_{k ∈ S ∪ j} s_ik. The
+released lazy greedy ranks by the value of the whole set where the gain is meant, and a set's value only grows, so that
+every sample is taken in the order of its value alone, which is Σ_j s_ij. The difference is the method: greedy facility
+location spends half a class on what lies far from the others, which is what is labelled wrongly. On Fashion-MNIST at
+40 % uniform noise 51 % of what it kept was right, of 65 % in all, against 98 % of the most central half. The published
+figures are the released code's.
+
 The paper weighs a medoid by the samples that are near it; in the released code "near" is a distance of 2 between
 gradients of a batch's *mean* loss, which takes in the whole class, so that all weights of a class are the same. So
 here: a sample weighs what its class does there, its number of samples, over the batch's sum.
 The batches hold what they have of S, half on average; the number of steps stays.
 Source: the paper's abstract and snap-stanford/crust (MIT; read for facts). Cost: a forward pass over the data an epoch
-and the selection, but half the samples a step. State: S, N, and the class weights.
+and the selection, but half the samples a step. State: S, N, and whether it is used yet.
 """
 
 from __future__ import annotations
 
-import heapq
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,21 +33,9 @@ from .features import last_linear, record_all
 from .mixup import draw
 
 
-def facility_location(similarity: np.ndarray, budget: int) -> list[int]:
-    """Greedy maximisation of Σ_i max_{j ∈ S} s_ij, by lazy evaluation: gains only shrink. `similarity` (n, n) >= 0."""
-    nearest = np.zeros(len(similarity), similarity.dtype)
-    heap = [(-gain, j) for j, gain in enumerate(similarity.sum(0).tolist())]
-    heapq.heapify(heap)
-    chosen: list[int] = []
-    while heap and len(chosen) < budget:
-        _, j = heapq.heappop(heap)
-        gain = float(np.maximum(similarity[j] - nearest, 0).sum())
-        if not heap or gain >= -heap[0][0]:
-            chosen.append(j)
-            np.maximum(nearest, similarity[j], out=nearest)
-        else:
-            heapq.heappush(heap, (-gain, j))
-    return chosen
+def most_central(points: Tensor, number: int) -> Tensor:
+    """The rows of `points` (n, d) of smallest summed distance to all others, `number` of them."""
+    return torch.cdist(points, points).sum(1).argsort(stable=True)[:number]
 
 
 class CRUST(Method):
@@ -67,10 +60,8 @@ class CRUST(Method):
         self.kept.fill_(False)
         for cls in range(self.task.num_classes):
             rows = (self.task.labels == cls).nonzero()[:, 0]
-            distance = torch.cdist(gradients[rows], gradients[rows])
             if len(rows):
-                similarity = (distance.max() - distance).cpu().numpy()
-                self.kept[rows[facility_location(similarity, max(1, int(self.share * len(rows))))]] = True
+                self.kept[rows[most_central(gradients[rows], max(1, int(self.share * len(rows))))]] = True
 
     def partners(self, y: Tensor) -> Tensor:
         """For each sample one of its class in S, drawn at random."""
