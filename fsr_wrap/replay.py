@@ -25,6 +25,14 @@ class Replay:
         self._core, self._head, self._tap = core, head, tap
         self._keeps_features = keeps_features
 
+    def check(self, capture: Capture) -> None:
+        """**Raises:** `RuntimeError` if the model's inputs are needed and not known."""
+        if not self._keeps_features and capture.kwargs is None:
+            raise RuntimeError(
+                f'reward="fresh" keeps the model\'s inputs, but the head {self._head.name!r} was called outside of '
+                'model(x): call the model itself, wrap the module that you do call, or pass reward="cached".'
+            )
+
     def payload(self, capture: Capture) -> tuple[Tensor, ...]:
         """What the dictionary stores of a batch: the head's input, or the model's."""
         if self._keeps_features:
@@ -61,7 +69,9 @@ class Replay:
             output = self._core(*args, **kwargs)
         if not box:
             raise RuntimeError(f"The extra forward did not pass through the head {self._head.name!r}.")
-        capture = box[0]
+        if len(box) <= like.turn:
+            raise RuntimeError(f"The head {self._head.name!r} was called fewer times in the extra forward.")
+        capture = box[like.turn]
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor):
                 capture = take_rows(capture, leaf)

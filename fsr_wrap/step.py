@@ -85,11 +85,8 @@ class Reweighting:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for module in (self.core, *self.head.parts):  # the copied hooks lead nowhere: put new ones in their place
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self._tap]:
-                    del hooks[key]
-        self._listen()
+        self._tap.adopt(self.core, *self.head.parts)
+        weakref.finalize(self, self._tap.remove)
 
     @property
     def is_active(self) -> bool:
@@ -150,11 +147,8 @@ class Reweighting:
         index = check_batch(logits, target, index, given, num_classes=self.memory.num_classes)
         found = self._tap.find(logits)
         if found is None:
-            raise RuntimeError(
-                f"loss() found no forward of this model that passed through the head {self.head.name!r}: call "
-                "model(x) with gradients before each loss(), and not many other forwards between the two. If the model "
-                "was compiled, wrap it before its first call."
-            )
+            raise RuntimeError(self._tap.explain(logits, self.head.name))
+        self._replay.check(found)
         mix, capture = self._mixer.find(found, target), take_rows(found, logits)
         clean = self._clean(capture, mix)
         if self.memory.ready:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -390,3 +392,182 @@ def test_looking_at_a_head_of_zeros_is_rare(monkeypatch: pytest.MonkeyPatch) -> 
     for number in range(20):  # noqa: B007
         fsr.loss(model(X[:B]), Y[:B], torch.arange(B))
     assert looked == [0, 1, 3, 7, 15]
+
+
+# --- forwards of other kinds, copies, parts called alone -------------------------------------------------------------
+
+
+def vmapped(model: nn.Module) -> None:
+    for _ in range(9):
+        torch.func.vmap(lambda x: model(x[None]))(X[:B])
+
+
+def differentiated(model: nn.Module) -> None:
+    torch.func.grad(lambda x: model(x[None]).sum())(X[0])
+    torch.func.jvp(model, (X[:B],), (X[:B],))
+    torch.func.jacrev(model)(X[:B])
+
+
+def exported(model: nn.Module) -> None:
+    torch.export.export(model, (X[:B],))
+
+
+def exported_strictly(model: nn.Module) -> None:
+    torch.export.export(model, (X[:B],), strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("other", [vmapped, differentiated, exported, exported_strictly])
+@pytest.mark.parametrize("head", ["fc", "all"])
+def test_forwards_of_other_kinds_do_not_disturb(head: str, other: Callable[[nn.Module], None]) -> None:
+    """Between the user's forward and loss() comes one under torch.func or torch.export."""
+    runs = []
+    for disturbed in (True, False):
+        model, fsr = make(lambda: Net(norm=False), head, reward="fresh")
+        train(model, fsr)
+        logits = model(X[:B])
+        if disturbed:
+            other(model)
+        runs.append((fsr.loss(logits, Y[:B], torch.arange(B)).detach(), fsr.weights))
+    assert_close(runs[0], runs[1], 0.0)
+
+
+class Holder(Net):
+    """A module that holds its own wrapper, as a LightningModule does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fsr = FSRWrapper(
+            self, torch.optim.Adam(self.parameters()), "fc", num_samples=N, dictionary_size=16, warmup_epochs=1
+        )
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_holds_its_own_wrapper_is_copied(whole: bool, duplicate: Callable[[Any], Any]) -> None:
+    model = Holder()
+    assert "fsr" in vars(model)
+    assert len(repr(model)) < 1000
+    assert len(list(model.parameters())) == 6
+    assert not any(name.startswith("fsr") for name in model.state_dict())
+    train(model, model.fsr)
+    twin = duplicate(model) if whole else duplicate(model.fsr)._reweighting.core
+    assert twin.fsr._reweighting.core is twin
+    assert len(twin._forward_hooks) == len(model._forward_hooks)
+    handle = twin.fc.register_forward_hook(lambda *_: None)  # does not take a number that is in use
+    for one in (model, twin):
+        train(one, one.fsr)
+    handle.remove()
+    assert_close(list(twin.parameters()), list(model.parameters()), 0.0)
+    assert twin.fsr.is_reweighting
+    assert twin.fsr.epoch == model.fsr.epoch == 3
+
+
+def test_a_wrapper_that_goes_takes_its_hooks_along() -> None:
+    model, fsr = make()
+    twin = copy.deepcopy(fsr)
+    other = twin._reweighting.core
+    for one in (model, other):
+        assert one._forward_hooks
+    del fsr, twin
+    gc.collect()
+    for one in (model, other):
+        assert not any((one._forward_hooks, one._forward_pre_hooks, one.fc._forward_hooks))
+        assert not any((one._forward_hooks_always_called, one._forward_pre_hooks_with_kwargs))
+
+
+def in_parts(model: Net, x: Tensor) -> Tensor:
+    return model.fc(model.norm(model.body(x)).tanh())
+
+
+@pytest.mark.parametrize("before", ["nothing", "another forward", "a forward that fails", "evaluation"])
+def test_parts_called_one_by_one_leave_no_stale_inputs(before: str) -> None:
+    model, fsr = make(reward="fresh")
+    if before == "another forward":
+        model(X[B : 2 * B])
+    elif before == "a forward that fails":
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(X[:B, :2])
+    elif before == "evaluation":
+        with torch.no_grad():
+            model(X[B : 2 * B])
+    logits = in_parts(model, X[:B])
+    with pytest.raises(RuntimeError, match=r"reward=\"fresh\" keeps the model's inputs, but the head 'fc' was called"):
+        fsr.loss(logits, Y[:B], torch.arange(B))
+    assert fsr._memory.consumed == 0
+
+
+def test_parts_called_one_by_one_train_where_features_are_kept() -> None:
+    (model, fsr), (other, whole) = make(), make()
+    for index in batches():
+        for one, optimizer, logits in ((model, fsr, in_parts(model, X[index])), (other, whole, other(X[index]))):
+            optimizer.loss(logits, Y[index], index).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert one.training
+    assert_close(list(model.parameters()), list(other.parameters()), 0.0)
+
+
+class Twice(Net):
+    """Its head runs on two views of a sample; the logits are those of the one or the other, or of both."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = super().forward(x), super().forward(x.flip(1))
+        return {"first": first, "second": second, "both": first + second}[self.which]
+
+
+@pytest.mark.parametrize("reward", ["cached", "fresh"])
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_the_right_call_of_a_head_is_taken(which: str, reward: str) -> None:
+    model, fsr = make(lambda: Twice(which), reward=reward, relabel_weight=0.0, lookahead_lr=0.3)
+    model.double().eval()
+    x = X.double()
+    train(model, fsr, x=x)
+    drawn: list[Any] = []
+    memory, index = fsr._memory, batches()[1]
+    plain = memory.reward_batch
+    memory.reward_batch = lambda: drawn.append(plain()) or drawn[0]  # type: ignore[method-assign,func-returns-value]
+    fsr.loss(model(x[index]), Y[index], index)
+
+    def features(x: Tensor) -> Tensor:
+        return model.norm(model.body(x if which == "first" else x.flip(1))).tanh().detach()
+
+    h = drawn[0][1][0] if reward == "cached" else features(drawn[0][1][0])
+    params = dict(model.fc.named_parameters())
+    forward = lambda p, h: functional_call(model.fc, p, h)  # noqa: E731
+    batch = features(x[index]), Y[index]
+    expected = slow_meta_step(forward, params, batch, (h, drawn[0][0]), lr=0.3)[0].clamp(min=0)
+    assert_close(fsr.weights, expected / expected.sum())
+
+
+def test_what_cannot_be_found_is_told_apart() -> None:
+    """Each cause has a message of its own, and nothing changes."""
+
+    class Masked(nn.Module):
+        def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+            return h[:, :C] * mask
+
+    class TwoInputs(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x), torch.ones(C))
+
+    model, fsr = make()
+    logits = model(X[:B])
+    for part in (logits[:4], logits[4:8], logits[::2]):
+        with pytest.raises(RuntimeError, match=rf"logits of {len(part)} of the {B} samples of a forward: pass all"):
+            fsr.loss(part, Y[: len(part)], torch.arange(len(part)))
+    joined = torch.cat([logits, logits])
+    with pytest.raises(RuntimeError, match=r"of 24 samples, but the forwards that wait for it are of 12: call loss"):
+        fsr.loss(joined, Y[: 2 * B], torch.arange(2 * B))
+    assert fsr._memory.consumed == 0
+    fsr.loss(logits, Y[:B], torch.arange(B))
+    model, fsr = make(lambda: Twice("both"))
+    with pytest.raises(RuntimeError, match="'fc' was called several times in a forward, and the logits are none of"):
+        fsr.loss(model(X[:B]), Y[:B], torch.arange(B))
+    model, fsr = make(lambda: TwoInputs(Masked()))
+    with pytest.raises(RuntimeError, match="'fc' is called with 2 tensors, and FSR needs one"):
+        fsr.loss(model(X[:B]), Y[:B], torch.arange(B))
