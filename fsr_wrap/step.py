@@ -94,6 +94,11 @@ class Reweighting:
         memory = self.memory
         return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
 
+    @property
+    def waiting(self) -> int:
+        """How many samples the last forward had, 0 if its `loss` was called."""
+        return self._tap.waiting
+
     def loss(self, logits: Tensor, target: Tensor, index: Tensor, label: Tensor | None) -> tuple[Tensor, int]:
         """The loss to back-propagate, and b over all processes, 0 if it does not count; see `FSRWrapper.loss`."""
         batch = self._accept(logits, target, index, label)

@@ -101,6 +101,12 @@ class Tap:
     def _is_listening(self) -> bool:
         return torch.is_grad_enabled() and not self._diverting and not self._muted
 
+    @property
+    def waiting(self) -> int:
+        """How many samples the last forward had, 0 if it was discarded."""
+        last = self._captures[-1]
+        return 0 if last is NOTHING else len(last.output)
+
     @contextmanager
     def mute(self) -> Iterator[None]:
         """Within it, forwards are our own and leave nothing behind."""

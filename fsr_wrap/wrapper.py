@@ -22,6 +22,7 @@ from .data import sample_counts
 from .dictionary import RewardDictionary
 from .heads import Head, check_parallelism, resolve_part, unwrap
 from .memory import METRICS, Memory
+from .reminders import Reminders
 from .state import read_state, write_state
 from .step import Reweighting
 
@@ -106,6 +107,7 @@ class FSRWrapper(Optimizer):
         self.config = config
         self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total))
         self._samples_per_epoch = samples_per_epoch or length or num_samples
+        self._reminders = Reminders(self._samples_per_epoch)
         self._warned = self._warned_of_state = False
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ class FSRWrapper(Optimizer):
         if not torch.is_grad_enabled():
             return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
         loss, size = self._reweighting.loss(logits, target, index, label)
+        self._reminders.valued()
         self._count(size)
         return loss
 
@@ -173,6 +176,7 @@ class FSRWrapper(Optimizer):
         memory.consumed += size
         if self._samples_per_epoch is not None:
             if memory.consumed >= self._samples_per_epoch:
+                self._reminders.epoch_ends(memory, size)
                 self.end_epoch()
         elif memory.epoch == 0 and memory.consumed >= 2 * (memory.largest + 1) and not self._warned:
             self._warned = True
@@ -357,6 +361,7 @@ class FSRWrapper(Optimizer):
         the same step, LBFGS's say, take the same weights and pseudo-labels.
         """
         if closure is None:
+            self._reminders.stepped(self._reweighting.waiting)
             return self.optimizer.step(**kwargs)
         return self.optimizer.step(self._reweighting.evaluated_once(closure), **kwargs)
 

@@ -285,3 +285,55 @@ def test_skipped_samples_make_no_tables_grow() -> None:
     assert len(fsr.scores) == 64
     assert fsr.scores[3].isnan()
     assert everything_finite(fsr)
+
+
+# --- reminders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_steps_without_loss_are_said_once(known: bool) -> None:
+    model, fsr = make(num_samples=N if known else None)
+    x, y, _ = digits()
+
+    def plain(batches: int) -> None:
+        for number in range(batches):
+            if known:
+                index = torch.arange(50) + 50 * (number % 8)
+                F.cross_entropy(model(x[index]), y[index]).backward()
+            fsr.step()
+            fsr.zero_grad()
+
+    enough = 8 if known else 1000
+    step(model, fsr, x[:50], y[:50], torch.arange(50))
+    plain(enough - 1)
+    step(model, fsr, x[50:100], y[50:100], torch.arange(50, 100))  # starts the count anew
+    plain(enough - 1)
+    with pytest.warns(UserWarning, match=f"{enough} steps, about an epoch, without loss"):
+        plain(1)
+    plain(2 * enough)
+
+
+@pytest.mark.parametrize("batch_size", [64, 150])
+def test_epochs_that_drift_from_the_loaders_are_said_once(batch_size: int) -> None:
+    model, fsr = make()
+    x, y, _ = digits()
+    length = N // batch_size * batch_size
+
+    def epochs(number: int) -> None:
+        for _ in range(number):
+            for index in torch.randperm(N)[:length].split(batch_size):
+                step(model, fsr, x[index], y[index], index)
+
+    with pytest.warns(UserWarning, match=f"samples_per_epoch={length} "):
+        epochs(2)
+    epochs(2)
+
+
+def test_padding_and_replacement_are_no_drift() -> None:
+    x, y, _ = digits()
+    order = torch.randperm(N)
+    for indices in (torch.cat([order, order[:48]]), torch.randint(N, (448,))):
+        model, fsr = make()
+        for index in indices.split(64):
+            step(model, fsr, x[index], y[index], index)
+        assert fsr.epoch == 1

@@ -1,0 +1,57 @@
+"""What a training loop seems to have forgotten, said once."""
+
+from __future__ import annotations
+
+import warnings
+
+from .distributed import rank
+from .memory import Memory
+from .pushers import stored_epoch
+
+_MANY_STEPS = 1000  # where the length of an epoch is not known
+
+
+class Reminders:
+    """Counts what tells that something was forgotten.
+
+    **Arguments:** `samples_per_epoch`, or None if it is not known.
+    """
+
+    def __init__(self, samples_per_epoch: int | None) -> None:
+        self._per_epoch = samples_per_epoch
+        self._idle_steps = self._idle_samples = 0
+        self._valued = self._warned_of_loss = False
+
+    def valued(self) -> None:
+        """`loss()` was called."""
+        self._valued = True
+
+    def stepped(self, samples: int) -> None:
+        """`step()` was called, after a forward of as many samples; warns if `loss()` was not for a whole epoch."""
+        if self._valued:
+            self._idle_steps, self._idle_samples, self._valued = 0, 0, False
+            return
+        self._idle_steps += 1
+        self._idle_samples += max(samples, 1)
+        idle = self._idle_steps >= _MANY_STEPS if self._per_epoch is None else self._idle_samples >= self._per_epoch
+        if idle and not self._warned_of_loss:
+            self._warned_of_loss = True
+            warnings.warn(
+                f"The optimizer made {self._idle_steps} steps, about an epoch, without loss(): FSR sees nothing and "
+                "re-weights nothing. Take loss = optimizer.loss(model(x), y, index) in place of the cross-entropy.",
+                stacklevel=4,
+            )
+
+    def epoch_ends(self, memory: Memory, size: int) -> None:
+        """Warns after the first epoch if the loader's is shorter: `size` samples came last, and the first of them to
+        come again. Synchronises with the device."""
+        if memory.epoch or self._per_epoch is None or memory.consumed <= self._per_epoch or rank():
+            return
+        seen, loaders = int((memory.table.epoch[:-1] == stored_epoch(0)).sum()), memory.consumed - size
+        if loaders <= seen < self._per_epoch:
+            warnings.warn(
+                f"FSR counts {self._per_epoch} samples an epoch, but samples came again after {loaders}, so its epochs "
+                f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (drop_last=True leaves "
+                "samples out), or load the short last batch too.",
+                stacklevel=4,
+            )
