@@ -5,9 +5,15 @@ No collective here depends on what is in the data: each process calls the same o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_T = TypeVar("_T")
+_KINDS = FileNotFoundError, OSError, TypeError, ValueError, RuntimeError
 
 
 def world_size() -> int:
@@ -103,3 +109,26 @@ def barrier() -> None:
     """Waits for all processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+def together(work: Callable[[], _T]) -> _T:
+    """What the work gives in this process; if it fails in one of the processes, it fails in all of them.
+
+    **Raises:** what the work raises; in the others an error of that kind that says where it was.
+    """
+    if world_size() == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    kind = next((number for number, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, None if failure is None else (kind, str(failure)))
+    if failure is not None:
+        raise failure
+    for number, said in enumerate(told):
+        if said is not None:
+            raise _KINDS[said[0]](f"In process {number} of {len(told)}: {said[1]}")
+    return result  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from . import distributed, functional
+from . import carry, distributed, functional
 from .checks import as_logits
 from .config import FSRConfig, Overrides, check_names
 from .data import sample_counts
@@ -261,8 +261,13 @@ class FSRWrapper(Optimizer):
 
         It loads with `weights_only=True`, and a plain optimizer loads it too, leaving FSR's part aside. It is the same
         in all processes and fits any number of them; in mid-epoch all of them must call
-        [`consolidate`][fsr_wrap.FSRWrapper.consolidate] first.
+        [`consolidate`][fsr_wrap.FSRWrapper.consolidate] first. For torch.distributed.checkpoint, which knows groups and
+        parameters only, FSR's part is in the first group: `get_optimizer_state_dict(model, optimizer)` and what
+        builds on it, such as `accelerator.save_state` under FSDP2, carry it, sharded or full.
         """
+        by_dcp = carry.asked_by_dcp()
+        if by_dcp and any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
+            self.consolidate()  # a part of a sharded model's state is of no use: all processes are here
         if self._memory.scattered and not self._warned_of_state:
             self._warned_of_state = True
             warnings.warn(
@@ -270,7 +275,8 @@ class FSRWrapper(Optimizer):
                 "since the epoch began: call consolidate() in all processes before.",
                 stacklevel=2,
             )
-        return {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
+        state = {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
+        return carry.pack(state) if by_dcp else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; the run goes on bit for bit. From a plain optimizer's state dict the inner
@@ -279,10 +285,30 @@ class FSRWrapper(Optimizer):
         **Raises:** `ValueError` if FSR's part belongs to a newer format, another data set or another kind of reward
         data; the wrapper is then as it was.
         """
-        state_dict = dict(state_dict)
+        self._take(*self._parsed(state_dict))
+
+    def _parsed(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Memory]:
+        """The inner optimizer's part, and FSR's memory; changes nothing."""
+        state_dict = carry.unpack(state_dict)
         state = state_dict.pop("fsr", None)
         fitting = self.config, self._memory.num_samples
-        memory = Memory(*fitting) if state is None else Memory.from_state_dict(state, *fitting)
+        if state is None:
+            if self._memory.ready or carry.asked_by_dcp():
+                warnings.warn(
+                    "This state dict has no state of FSR, so FSR starts afresh. If it comes of a run with FSR, load "
+                    "what fsr.state_dict(), fsr.save(folder) or get_optimizer_state_dict(model, fsr) gave.",
+                    stacklevel=3,
+                )
+            return state_dict, Memory(*fitting)
+        if "table" not in state and (state.get("epoch") or state.get("consumed")):
+            raise ValueError(
+                "FSR's state is not whole: dcp.load() fills in what a state dict has already, and that of "
+                "a new FSRWrapper has no tables. Save and load get_optimizer_state_dict(model, fsr), or fsr itself: "
+                'dcp.save({"fsr": fsr}).'
+            )
+        return state_dict, Memory.from_state_dict(state, *fitting)
+
+    def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
         self.optimizer.load_state_dict(self._sharded(state_dict))
         self._reweighting.memory = memory
 
@@ -310,20 +336,20 @@ class FSRWrapper(Optimizer):
         """Writes `state_dict()` to `folder/fsr.safetensors`, without pickle; a file of that name is always whole.
 
         All processes must call it; the first one writes, and all return when it is done.
+
+        **Raises:** `OSError` if it cannot be written, in all processes, which can go on: nothing has then changed.
         """
         self.consolidate()
         state = pytree.tree_map_only(Tensor, distributed.whole, self.state_dict())
-        if distributed.rank() == 0:
-            write_state(folder, state)
-        distributed.barrier()
+        distributed.together(lambda: write_state(folder, state) if distributed.rank() == 0 else None)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Loads what `save` wrote to the folder.
+        """Loads what `save` wrote to the folder. All processes must call it.
 
-        **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged, or as in `load_state_dict`. The wrapper is
-        then as it was.
+        **Raises:** `FileNotFoundError`; `ValueError` if the file is damaged, or as in `load_state_dict`; in all
+        processes, also if one of them alone has no good file. The wrapper is then as it was.
         """
-        self.load_state_dict(read_state(folder))
+        self._take(*distributed.together(lambda: self._parsed(read_state(folder))))
 
     # --- the optimizer's face ----------------------------------------------------------------------------------------
 

@@ -779,7 +779,8 @@ def test_plain_checkpoints_load_and_ours_load_plainly() -> None:
     plain = torch.optim.SGD(model.parameters(), lr=7.0, momentum=0.9)
     plain.load_state_dict(fsr.state_dict())
     assert plain.param_groups[0]["lr"] == 0.1
-    fsr.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="FSR starts afresh"):
+        fsr.load_state_dict(plain.state_dict())
     assert fsr.epoch == 0
     assert not fsr.is_reweighting
     train(model, fsr, 2)
