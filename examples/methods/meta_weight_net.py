@@ -8,6 +8,8 @@ A sample's weight is a function of its loss, V(ℓ; Φ): 1-100-1, ReLU, sigmoid.
 
 V is given the losses' values, so that the derivative by Φ goes through θ' alone. The last line takes the first line's
 losses again: the released code's second forward pass of the batch gives the same ones.
+The paper trains for 60,000 steps. In runs of a few thousand V does little: while the network underfits, any larger
+weight is a larger step and lowers the clean loss, so that V rises to 1 for all losses, where the sigmoid is flat.
 Source: the paper and xjtushujun/meta-weight-net (MIT; read for facts).
 Needs clean images (1,000). Cost: 3 to 6. State: Φ and Adam's.
 """
