@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 
 from fsr_wrap import FSRWrapper
@@ -42,8 +42,8 @@ class App:
         return {"model": model, "optim": optim}
 
     def load_state_dict(self, state: State) -> None:
-        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optim"]}
-        set_state_dict(self.model, self.fsr, **parts, options=self.options)
+        set_model_state_dict(self.model, state["model"], options=self.options)
+        set_optimizer_state_dict(self.model, self.fsr, state["optim"], options=self.options)
 
 
 def save_and_go_on(folder: str, sharded: bool | None) -> State:
