@@ -318,7 +318,7 @@ class Reweighting:
             if batch.shown is not None:
                 row, new = torch.where(batch.shown, row, -1), new & batch.shown
             pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square)
-            seen = (squares > 0) & new
+            seen = (squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
                 seen = seen & seen[batch.mix.partner]
