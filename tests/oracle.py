@@ -1,0 +1,342 @@
+"""The whole of FSR once more, plainly: float64, one process, one sample after another.
+
+Written from the paper and the docs as a twin for `test_property.py`. It shares no code with the library; of the
+library's numbers it takes the draws of reward samples, and what it rounds when it stores it (`adopt`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def body(p: Params, x: Tensor) -> Tensor:
+    z = x @ p["body.weight"].T + p["body.bias"]
+    if "norm.weight" in p:
+        spread = (z - z.mean(0)).square().mean(0)
+        z = (z - z.mean(0)) / (spread + 1e-5).sqrt() * p["norm.weight"] + p["norm.bias"]
+    return z.tanh()
+
+
+def head(p: Params, h: Tensor) -> Tensor:
+    if "head.2.weight" in p:
+        z = (h @ p["head.0.weight"].T + p["head.0.bias"]).tanh()
+        return z @ p["head.2.weight"].T + p["head.2.bias"]
+    z = h @ p["head.weight"].flatten(1).T
+    return z + p["head.bias"] if "head.bias" in p else z
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """−Σ_c t_c log p_c, (b,)."""
+    return -(target * (logits - logits.logsumexp(1, keepdim=True))).sum(1)
+
+
+@dataclass
+class Batch:
+    """What was passed to the model and to `loss`.
+
+    `clean`: the inputs before MixUp; `partner` and `share`: how they were mixed. `spoiled`: samples of which somebody
+    made the logits infinite. `hidden`: samples of which a target that somebody else mixed shows another class more than
+    their own.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    index: list[int]
+    label: list[int]
+    clean: Tensor | None = None
+    partner: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    spoiled: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
+
+
+@dataclass
+class Sample:
+    """What is remembered of one sample."""
+
+    score: float = math.nan  # P̂
+    epoch: int = -1  # of the last visit
+    ever_right: bool = False
+    last_right: bool = False
+    pseudo: Tensor | None = None  # ŷ, (C,)
+    square: float = 0.0  # mean of ŷ²
+
+
+@dataclass
+class Entry:
+    """A sample of the dictionary, or one that may enter it."""
+
+    label: int
+    payload: Tensor
+    score: float = math.nan  # P̂ when it was selected
+
+
+@dataclass
+class Result:
+    loss: float
+    gradient: Params
+    weights: Tensor
+    condition: float  # how much normalising magnifies errors of the scores
+
+
+class Oracle:
+    """FSR of a configuration `c` (all its fields), for C classes; `per_epoch` samples make an epoch, if it is known;
+    `deep`: the names of Θ^meta where it is more than the head."""
+
+    def __init__(self, c: Any, classes: int, per_epoch: int | None, deep: tuple[str, ...] = ()) -> None:
+        self.c, self.classes, self.per_epoch, self.deep = c, classes, per_epoch, deep
+        self.quota = max(1, c.dictionary_size // classes)
+        self.epoch = self.consumed = self.age = 0
+        self.samples: dict[int, Sample] = {}
+        self.members: dict[int, Entry] = {}
+        self.candidates: dict[int, Entry] = {}
+        self.drawn: Counter[int] = Counter()
+        self.known: tuple[Params, float] = ({}, 0.0)  # G and the reward loss, where they serve several steps
+        self.steps: list[dict[str, float]] = []
+
+    @property
+    def active(self) -> bool:
+        return self.epoch >= self.c.warmup_epochs and bool(self.members)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def loss(self, params: Params, batch: Batch, draw: Callable[[], list[int]]) -> Result:
+        c, b = self.c, len(batch.index)
+        leaves = {name: value.detach().double().requires_grad_() for name, value in params.items()}
+        features = body(leaves, batch.inputs.double())
+        logits = head(leaves, features)
+        target = self.smooth(self.rows(batch.target))
+        losses = cross_entropy(logits, target)
+        rows = [i for i in range(b) if logits[i].isfinite().all() and i not in batch.spoiled]
+        clean = clean_features = batch.inputs.double()
+        clean_logits = logits.detach()
+        clean_features = features.detach()
+        if batch.clean is not None:
+            clean = batch.clean.double()
+            clean_features = body(leaves, clean).detach()
+            clean_logits = head(leaves, clean_features).detach()
+        if self.deep:
+            features, clean_features = batch.inputs.double(), clean
+
+        values = {name: value.detach() for name, value in leaves.items()}
+        ahead, scores, reward_loss = self.look_ahead(values, features.detach(), target, rows, b, draw)
+        weights, condition = self.weigh(scores, rows, b)
+        pseudo, share = self.relabel(batch, clean_logits, rows, b)
+        total = sum((weights[i] * losses[i] for i in rows), torch.zeros((), dtype=torch.float64))
+        for i in rows:
+            if share[i]:
+                total = total + share[i] * cross_entropy(logits[i : i + 1], pseudo[i][None])[0]
+        trained = total if total.requires_grad else 0 * logits.sum()
+        gradient = dict(zip(leaves, torch.autograd.grad(trained, list(leaves.values())), strict=True))
+
+        lookahead_logits = self.forward({**values, **ahead}, clean_features)
+        payload = clean if c.reward == "fresh" else clean_features
+        for i in rows:
+            sample = self.samples.setdefault(batch.index[i], Sample())
+            if sample.epoch == self.epoch:
+                continue  # once an epoch
+            label, right = batch.label[i], clean_logits[i].argmax().item() == batch.label[i]
+            value = self.value(clean_logits[i], label, losses[i].item(), lookahead_logits[i], sample, right)
+            old = sample.score
+            sample.score = value if math.isnan(old) else c.score_momentum * old + (1 - c.score_momentum) * value
+            sample.epoch, sample.last_right, sample.ever_right = self.epoch, right, sample.ever_right or right
+            if i in batch.hidden:
+                continue  # neither a candidate, nor has it a pseudo-label
+            self.candidates[batch.index[i]] = Entry(label, payload[i])
+            if c.relabel_weight:
+                self.renew(sample, clean_logits[i])
+
+        square = weights.square().sum().item()
+        self.steps.append(
+            {
+                "loss": sum(weights[i].item() * losses[i].item() for i in rows),
+                "reward_loss": reward_loss,
+                "zero_weight_ratio": sum(w <= 0 for w in weights.tolist()) / b,
+                "effective_sample_size": weights.sum().item() ** 2 / square if square else 0.0,
+                "max_weight": weights.max().item() * b,
+                "all_zero_batches": float(weights.max().item() <= 0),
+                "skipped_samples": b - len(rows),
+                "skipped_reward_samples": 0,
+            }
+        )
+        return Result(total.item(), gradient, weights, condition)
+
+    def rows(self, target: Tensor) -> Tensor:
+        """One row a sample: a class number becomes a one among zeros."""
+        if target.ndim == 2:
+            return target.double()
+        rows = torch.zeros(len(target), self.classes, dtype=torch.float64)
+        for i, label in enumerate(target.tolist()):
+            rows[i, label] = 1
+        return rows
+
+    def smooth(self, rows: Tensor) -> Tensor:
+        return (1 - self.c.label_smoothing) * rows + self.c.label_smoothing / self.classes
+
+    def forward(self, p: Params, h: Tensor) -> Tensor:
+        """Θ^meta as a function of what it is given: the head's features, or the model's inputs."""
+        return head(p, body(p, h)) if self.deep else head(p, h)
+
+    def look_ahead(
+        self, p: Params, h: Tensor, target: Tensor, rows: list[int], b: int, draw: Callable[[], list[int]]
+    ) -> tuple[Params, dict[int, float] | None, float]:
+        """φ', the scores −∂L_R/∂ω, and L_R; the latter if it is time for them."""
+        c = self.c
+        names = [name for name in p if (name in self.deep if self.deep else name.startswith("head."))]
+        phi = {name: p[name].clone().requires_grad_() for name in names}
+        omega = torch.full((len(rows),), 1 / b, dtype=torch.float64, requires_grad=True)
+        losses = cross_entropy(self.forward({**p, **phi}, h[rows]), target[rows]) if rows else omega
+        gradient = torch.autograd.grad((omega * losses).sum(), list(phi.values()), create_graph=True, allow_unused=True)
+        ahead = {
+            name: phi[name] if g is None else phi[name] - c.lookahead_lr * g
+            for name, g in zip(names, gradient, strict=True)
+        }
+        after = {name: value.detach() for name, value in ahead.items()}
+        if not self.active:
+            return after, None, 0.0
+        if c.reward_every == 1 or self.age % c.reward_every == 0:
+            reward_loss = self.reward_loss(p, ahead, draw())
+            if c.reward_every == 1 and c.lookahead_lr and rows:  # the definition, by double back-propagation
+                scores = -torch.autograd.grad(reward_loss, omega)[0]
+                return after, dict(zip(rows, scores.tolist(), strict=True)), reward_loss.item()
+            g = torch.autograd.grad(reward_loss, list(ahead.values()), materialize_grads=True, allow_unused=True)
+            self.known = dict(zip(names, g, strict=True)), reward_loss.item()
+        self.age += 1
+        scores_along = {}
+        for position, i in enumerate(rows):
+            own = torch.autograd.grad(losses[position], list(phi.values()), retain_graph=True, materialize_grads=True)
+            product = sum((self.known[0][name] * g).sum().item() for name, g in zip(names, own, strict=True))
+            scores_along[i] = (c.lookahead_lr or 1.0) * product
+        return after, scores_along, self.known[1]
+
+    def reward_loss(self, p: Params, ahead: Params, drawn: list[int]) -> Tensor:
+        """The mean loss of the reward batch at φ'."""
+        assert len(drawn) == self.c.reward_batch_size
+        entries = [self.members[i] for i in drawn]  # a KeyError: not of the dictionary
+        self.drawn.update(entry.label for entry in entries)
+        turns = [self.drawn[label] for label in {entry.label for entry in self.members.values()}]
+        assert max(turns) - min(turns) <= 1, "classes take turns"
+        h = torch.stack([entry.payload for entry in entries])
+        if self.c.reward == "fresh" and not self.deep:
+            h = body(p, h)
+        target = self.smooth(self.rows(torch.tensor([entry.label for entry in entries])))
+        return cross_entropy(self.forward({**p, **ahead}, h), target).mean()
+
+    def weigh(self, scores: dict[int, float] | None, rows: list[int], b: int) -> tuple[Tensor, float]:
+        """ω, (b,)."""
+        weights, condition = torch.zeros(b, dtype=torch.float64), 1.0
+        if scores is None or self.c.weight_rule == "uniform":
+            for i in rows:
+                weights[i] = 1 / b
+        elif rows:
+            scaled = {i: self.c.weight_lr * score for i, score in scores.items()}
+            lowest = min(scaled.values())
+            for i in rows:
+                weights[i] = max(0.0, scaled[i]) if self.c.weight_rule == "clip" else scaled[i] - lowest + 1 / b
+            total, size = weights.sum().item(), sum(abs(score) for score in scaled.values())
+            margin = total or -max(scaled.values())
+            condition = 1 + size / margin if margin else math.inf
+            if total > 0:
+                weights = weights / total
+        if self.c.max_weight is not None and scores is not None:
+            weights = weights.clamp(max=self.c.max_weight / b)
+        return weights, condition
+
+    def value(self, logits: Tensor, label: int, loss: float, ahead: Tensor, sample: Sample, right: bool) -> float:
+        """P of one sample, on its clean input."""
+        ordered = logits.softmax(0).sort(descending=True).values.tolist()
+        own, there = (-one.log_softmax(0)[label].item() for one in (logits, ahead))
+        forgotten = not right and (sample.last_right or not sample.ever_right)
+        values = {
+            "meta_margin": own - there,
+            "authors_margin": loss - there,
+            "negative_loss": -own,
+            "area_under_margin": logits[label].item() - max(z for k, z in enumerate(logits.tolist()) if k != label),
+            "max_margin": ordered[0] - ordered[1],
+            "forgetting_event": -float(forgotten),
+        }
+        return values[self.c.pusher]
+
+    # --- re-labelling ------------------------------------------------------------------------------------------------
+
+    def relabel(self, batch: Batch, logits: Tensor, rows: list[int], b: int) -> tuple[list[Tensor], list[float]]:
+        """The pseudo-label of each sample, and how much it counts in the loss (Eq. 7)."""
+        share = [0.0] * b
+        pseudo = [torch.zeros(self.classes, dtype=torch.float64)] * b
+        if not self.c.relabel_weight:
+            return pseudo, share
+        new = [i for i in rows if self.samples.get(batch.index[i], Sample()).epoch != self.epoch]
+        held = [self.samples.get(index, Sample()) for index in batch.index]
+        self.rms = math.sqrt(sum(held[i].square for i in new) / max(1, len(new)) + 1e-8)
+        seen, met = [False] * b, set()
+        for i in range(b):
+            stored = held[i].pseudo
+            if stored is None:
+                continue
+            pseudo[i] = (stored / self.rms / self.c.relabel_temperature).softmax(0)
+            seen[i] = i in new and i not in batch.hidden and batch.index[i] not in met
+            if i in new:
+                met.add(batch.index[i])
+        if batch.clean is not None:
+            seen = [seen[i] and seen[j] for i, j in enumerate(batch.partner)]
+            pseudo = [
+                m * pseudo[i] + (1 - m) * pseudo[j]
+                for i, (j, m) in enumerate(zip(batch.partner, batch.share, strict=True))
+            ]
+        if self.active:
+            share = [self.c.relabel_weight / b if one else 0.0 for one in seen]
+        return pseudo, share
+
+    def renew(self, sample: Sample, logits: Tensor) -> None:
+        """ŷ_t = β ŷ_{t−1} / RMS + (1−β) f(x), as far as the storage keeps it."""
+        old = torch.zeros_like(logits) if sample.pseudo is None else sample.pseudo / self.rms
+        new = self.c.relabel_momentum * old + (1 - self.c.relabel_momentum) * logits
+        sample.square = new.square().mean().item()
+        number = self.c.relabel_storage
+        if isinstance(number, int) and number < self.classes:
+            order = new.argsort(descending=True)
+            new = new.clone()
+            new[order[number:]] = new[order[number:]].mean()
+        sample.pseudo = new
+
+    # --- the dictionary ----------------------------------------------------------------------------------------------
+
+    def count(self, b: int) -> None:
+        """b samples were consumed."""
+        self.consumed += b
+        if self.per_epoch is not None and self.consumed >= self.per_epoch:
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """The best of each class become the dictionary (Eq. 4)."""
+        if not self.consumed:
+            return
+        unvisited = {i: entry for i, entry in self.members.items() if self.samples[i].epoch == self.epoch - 1}
+        pool = {**unvisited, **self.candidates}
+        self.members, self.candidates = {}, {}
+        for label in range(self.classes):
+            order = sorted((i for i in pool if pool[i].label == label), key=lambda i: (-self.samples[i].score, i))
+            self.members.update({i: replace(pool[i], score=self.samples[i].score) for i in order[: self.quota]})
+        self.drawn.clear()
+        self.epoch += 1
+        self.consumed = 0
+
+    def metrics(self) -> dict[str, float]:
+        if not self.samples and not self.steps:
+            return {}
+        steps, self.steps = self.steps, []
+        names = ("loss", "reward_loss", "zero_weight_ratio", "effective_sample_size", "max_weight")
+        sums = ("all_zero_batches", "skipped_samples", "skipped_reward_samples")
+        out = {f"fsr/{name}": sum(step[name] for step in steps) / max(1, len(steps)) for name in names}
+        out |= {f"fsr/{name}": float(sum(step[name] for step in steps)) for name in sums}
+        now = {"epoch": self.epoch, "reweighting": float(self.active), "dictionary_size": len(self.members)}
+        return out | {f"fsr/{name}": float(value) for name, value in now.items()}
