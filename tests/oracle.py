@@ -99,7 +99,8 @@ class Oracle:
         self.samples: dict[int, Sample] = {}
         self.members: dict[int, Entry] = {}
         self.candidates: dict[int, Entry] = {}
-        self.drawn: Counter[int] = Counter()
+        self.drawn: Counter[int] = Counter()  # how often, by class and by sample, since the dictionary is what it is
+        self.drawn_samples: Counter[int] = Counter()
         self.known: tuple[Params, float] = ({}, 0.0)  # G and the reward loss, where they serve several steps
         self.steps: list[dict[str, float]] = []
 
@@ -223,6 +224,7 @@ class Oracle:
         assert len(drawn) == self.c.reward_batch_size
         entries = [self.members[i] for i in drawn]  # a KeyError: not of the dictionary
         self.drawn.update(entry.label for entry in entries)
+        self.drawn_samples.update(drawn)
         turns = [self.drawn[label] for label in {entry.label for entry in self.members.values()}]
         assert max(turns) - min(turns) <= 1, "classes take turns"
         h = torch.stack([entry.payload for entry in entries])
@@ -320,6 +322,10 @@ class Oracle:
         """The best of each class become the dictionary (Eq. 4)."""
         if not self.consumed:
             return
+        for i, entry in self.members.items():
+            alike = sum(other.label == entry.label for other in self.members.values())
+            if alike * (1 - 1 / alike) ** self.drawn[entry.label] < 1e-9:
+                assert self.drawn_samples[i], "each sample of a class has its chance"
         unvisited = {i: entry for i, entry in self.members.items() if self.samples[i].epoch == self.epoch - 1}
         pool = {**unvisited, **self.candidates}
         self.members, self.candidates = {}, {}
@@ -327,6 +333,7 @@ class Oracle:
             order = sorted((i for i in pool if pool[i].label == label), key=lambda i: (-self.samples[i].score, i))
             self.members.update({i: replace(pool[i], score=self.samples[i].score) for i in order[: self.quota]})
         self.drawn.clear()
+        self.drawn_samples.clear()
         self.epoch += 1
         self.consumed = 0
 
