@@ -687,7 +687,7 @@ def test_the_library_and_its_plain_twin_agree_on_whatever_is_called() -> None:
     run_state_machine_as_test(
         Training,
         settings=settings(
-            max_examples=EXAMPLES or 120,
+            max_examples=EXAMPLES or 150,
             stateful_step_count=30,
             deadline=None,
             derandomize=not EXAMPLES,
