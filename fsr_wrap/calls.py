@@ -1,4 +1,4 @@
-"""A module called apart from the user's forward: with other tensors in it, and without a trace."""
+"""A module called apart from the user's forward: on other samples, with other tensors in it, without a trace."""
 
 from __future__ import annotations
 
@@ -6,10 +6,54 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model is called: `rows`, the tensors with one row a sample; `others`, whatever else its arguments hold;
+    `is_row`, which of all these leaves are rows, in their order; and the `tree` that they are put into."""
+
+    rows: tuple[Tensor, ...]
+    others: tuple[Any, ...]
+    is_row: tuple[bool, ...]
+    tree: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, is_row: tuple[bool, ...] = ()) -> Call:
+        """The call with `size` samples, detached. `is_row`: known of an earlier call, else by the tensors' length."""
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if len(is_row) != len(leaves):
+            is_row = tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size for leaf in leaves)
+        rows = tuple(leaf for leaf, row in zip(leaves, is_row, strict=True) if row)
+        return cls(rows, tuple(leaf for leaf, row in zip(leaves, is_row, strict=True) if not row), is_row, tree)
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs."""
+        rows, others = iter(self.rows), iter(self.others)
+        args, kwargs = pytree.tree_unflatten([next(rows if row else others) for row in self.is_row], self.tree)
+        return args, kwargs
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The call with floating-point tensors in this dtype, and integers as they are."""
+        rows, others = (tuple(_to(leaf, dtype) for leaf in leaves) for leaves in (self.rows, self.others))
+        return replace(self, rows=rows, others=others)
+
+    def where(self, valid: Tensor) -> Call:
+        """The call with the first valid sample in place of each that is not, (b,) bool; with zeros if there is none."""
+        here = torch.arange(len(valid), device=valid.device)
+        place = torch.where(valid, here, valid.to(torch.uint8).argmax())
+        return replace(self, rows=tuple(torch.where(valid.any(), row[place], 0).to(row.dtype) for row in self.rows))
+
+
+def _to(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 @contextmanager

@@ -166,16 +166,15 @@ class RewardDictionary:
         dtypes = [torch.promote_types(a.dtype, p.dtype) for a, p in zip(self._arena, payload, strict=True)]
         self._arena = tuple(arena.to(dtype) for arena, dtype in zip(self._arena, dtypes, strict=True))
 
-    def check_payload(self, payload: tuple[Tensor, ...]) -> None:
-        """**Raises:** `ValueError` if the shapes are others than those stored."""
+    def check_payload(self, payload: tuple[Tensor, ...], advice: str = "Pad to one shape.") -> None:
+        """**Raises:** `ValueError` if the shapes are others than those stored, with the advice."""
         if not self._arena:
             return
         found = [tuple(tensor.shape[1:]) for tensor in payload]
         expected = [tuple(tensor.shape[1:]) for tensor in self._arena]
         if found != expected:
             raise ValueError(
-                f"The stored tensors have the shapes {expected} a sample, this batch has {found}. Pad to one shape, or "
-                'use reward="cached", which stores the head\'s input feature alone.'
+                f"The stored tensors have the shapes {expected} a sample, this batch has {found}. {advice}"
             )
 
     def _push(self, index: Tensor, label: Tensor, score: Tensor, payload: tuple[Tensor, ...], offset: int) -> None:

@@ -8,6 +8,7 @@ writes any state; arithmetic runs in the dtype of the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.func import jvp
 
 Params = dict[str, Tensor]
-HeadFn = Callable[[Params, Tensor], Tensor]
-"""A head as a function: (parameters, features (b, ...)) → logits (b, C)."""
+HeadFn = Callable[[Params, Any], Tensor]
+"""A head as a function: (parameters, features (b, ...), or whatever it takes) → logits (b, C)."""
 SHUT = -1e4
 """Logits below are of classes that a mask shuts out."""
 
@@ -71,7 +72,7 @@ def losses_and_residual(logits: Tensor, target: Tensor, label_smoothing: float =
 
 
 def head_gradient(
-    head: HeadFn, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+    head: HeadFn, params: Params, features: Any, target: Tensor, *, label_smoothing: float = 0.0
 ) -> tuple[Params, Tensor]:
     """Σ_i ∇_φ ℓ_i(φ), the batch's gradient on the head, and Σ_i ℓ_i(φ).
 
@@ -105,7 +106,7 @@ def look_ahead(params: Params, gradient: Params, *, lr: float, batch_size: int) 
 def meta_gradient(
     head: HeadFn,
     params: Params,
-    features: Tensor,
+    features: Any,
     target: Tensor,
     gradient: Params,
     *,
@@ -129,7 +130,7 @@ def meta_gradient(
 def meta_gradient_in_reverse(
     head: HeadFn,
     params: Params,
-    features: Tensor,
+    features: Any,
     target: Tensor,
     gradient: Params,
     *,
@@ -152,7 +153,7 @@ def meta_gradient_in_reverse(
 def meta_gradient_one_by_one(
     head: HeadFn,
     params: Params,
-    features: Tensor,
+    features: Any,
     target: Tensor,
     gradient: Params,
     *,

@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional as fsr
-from .calls import other_streams_kept, swapped, torch_stream_kept
+from .calls import Call, other_streams_kept, swapped, torch_stream_kept
 from .checks import as_logits
 from .distributed import gather_rows, sum_all, whole, world_size
 from .functional import Params
@@ -230,10 +230,10 @@ def _mean(model: nn.Module, classifiers: list[nn.Module], names: dict[int, str])
 
 @dataclass(frozen=True)
 class Batch:
-    """The training batch at the head, detached: `features` (b, ...), `target` (b,) or (b, C), and `residual` (b, C),
-    ∂ℓ_i/∂logits at φ."""
+    """The training batch at the head, detached: `features` (b, ...) or a `Call`, `target` (b,) or (b, C), and
+    `residual` (b, C), ∂ℓ_i/∂logits at φ."""
 
-    features: Tensor
+    features: Any
     target: Tensor
     residual: Tensor
     label_smoothing: float = 0.0
@@ -241,9 +241,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reward:
-    """This process's part of the reward batch: `features` (n, ...), `target` (n,) or (n, C); and q everywhere."""
+    """This process's part of the reward batch: `features` (n, ...) or a `Call`, `target` (n,) or (n, C); and q
+    everywhere."""
 
-    features: Tensor
+    features: Any
     target: Tensor
     label_smoothing: float
     batch_size: int
@@ -252,7 +253,7 @@ class Reward:
 class MetaStep(Protocol):
     """The look-ahead taken on one batch, ready to be asked."""
 
-    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+    def logits(self, features: Any, logits: Tensor) -> Tensor:
         """The look-ahead head's logits at features whose logits at φ are given; (n, C)."""
         ...
 
@@ -328,7 +329,7 @@ class GradientStep:
         self._head, self._batch, self._lr, self._params = head, batch, lr, params
         self._ahead = fsr.look_ahead(params, gradient, lr=lr, batch_size=batch_size) if lr else params
 
-    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
+    def logits(self, features: Any, logits: Tensor) -> Tensor:
         return self._head.call(self._ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
@@ -393,23 +394,25 @@ class Head:
             if self.part is None or name in self.part
         }
 
-    def features(self, captured: Tensor, dtype: torch.dtype) -> Tensor:
+    def features(self, captured: Any, dtype: torch.dtype) -> Any:
         """The captured input in the dtype of the meta arithmetic; flat for a linear head, integers as they are.
 
         The mean of K linear heads is linear in all their parameters: one matrix times (h_1 ... h_K, 1 ... 1) / K.
         """
-        if captured.is_floating_point():
+        if isinstance(captured, Call) or captured.is_floating_point():
             captured = captured.to(dtype)
         if len(self.parts) > 1:
             ones = captured.new_ones(len(captured), sum(part.bias is not None for part in self.parts))
             return torch.cat([captured, ones], 1) / len(self.parts)
         return captured.flatten(1) if self.is_linear else captured
 
-    def call(self, params: Params, features: Tensor) -> Tensor:
+    def call(self, params: Params, features: Any) -> Tensor:
         """(φ, features) → logits (b, C)."""
         if self.is_linear:
             return torch.nn.functional.linear(features, params["weight"], params.get("bias"))
-        dtype = next(iter(params.values())).dtype
+        one = next(iter(params.values()))
+        dtype, device = one.dtype, one.device
+        args, kwargs = features.inputs() if isinstance(features, Call) else ((features,), {})
         tensors = {
             name: value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
             for name, value in self.module.named_buffers()
@@ -419,18 +422,18 @@ class Head:
             tensors |= {name: value.detach().to(dtype) for name, value in rest}
         with (
             swapped(self.module, {**tensors, **params}),
-            torch_stream_kept(features.device),
+            torch_stream_kept(device),
             _dropout_off(self.module),
             sdpa_kernel(SDPBackend.MATH),  # which torch.func.jvp can differentiate
         ):
-            return as_logits(self.module(features)).flatten(1)
+            return as_logits(self.module(*args, **kwargs)).flatten(1)
 
-    def logits(self, features: Tensor, dtype: torch.dtype) -> Tensor:
+    def logits(self, features: Any, dtype: torch.dtype) -> Tensor:
         """The head as it is, in the meta arithmetic's dtype; (n, C)."""
         return self.call(self.params(dtype), features)
 
     def gradient(
-        self, params: Params, features: Tensor, target: Tensor, *, label_smoothing: float
+        self, params: Params, features: Any, target: Tensor, *, label_smoothing: float
     ) -> tuple[Params, Tensor]:
         """Σ_i ∇_φ ℓ_i(φ) of samples in this process, and Σ_i ℓ_i(φ), ()."""
         if not self.is_linear:
@@ -479,7 +482,7 @@ class Head:
         expected, found = torch.where(counts, expected, 0), torch.where(counts, found, 0)
         gap = (expected - found).abs().amax() / (expected.abs().amax() + 1e-6) if counts.any() else 0.0
         coarse = logits.dtype in (torch.float16, torch.bfloat16) or capture.autocast is not None
-        if not gap <= (0.1 if coarse else 0.01) and not self._is_random(features, dtype):
+        if not gap <= (0.1 if coarse else 0.01) and not self._is_random(features, dtype, logits.device):
             raise ValueError(
                 f"{where} gives other logits than those passed to loss() (relative gap {float(gap):.2g}). {advice}, "
                 "and pass the logits as they leave it, before any scaling."
@@ -488,18 +491,18 @@ class Head:
         common = expected[0] if len(expected) > 1 else 0
         return any(map(_is_fully_sharded, self.parts)) or bool((expected != common).any())
 
-    def _is_random(self, features: Tensor, dtype: torch.dtype) -> bool:
+    def _is_random(self, features: Any, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the head gives the same with the same random numbers, and something else with others."""
         outputs = []
         for same in (True, True, False):
-            with torch_stream_kept(features.device), other_streams_kept() if same else nullcontext():
+            with torch_stream_kept(device), other_streams_kept() if same else nullcontext():
                 if not same:
-                    torch.rand(1, device=features.device)
+                    torch.rand(1, device=device)
                     random.random()
                 outputs.append(self.logits(features, dtype))
         return torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
-    def find_derivative(self, features: Tensor, logits: Tensor) -> None:
+    def find_derivative(self, features: Any, logits: Tensor) -> None:
         """Finds a way to differentiate the head, by trial: forward mode if it can, else reverse mode.
 
         **Raises:** `TypeError` if there is none.

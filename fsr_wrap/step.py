@@ -23,7 +23,7 @@ from .memory import Memory
 from .mixing import Mix, Mixer, check_mixable, shown
 from .pushers import Pusher, Visit
 from .replay import Replay
-from .tap import Capture, Tap, check_rows, take_rows
+from .tap import Capture, Tap, check_rows
 
 
 @dataclass
@@ -78,9 +78,7 @@ class Reweighting:
 
     def _listen(self) -> None:
         self._tap = Tap(self.core, *self.head.parts)
-        # Where Θ^meta is more than the head, "features" are the model's input, and nothing is to be run for them.
-        keeps_features = self.config.reward == "cached" or self.head.module is self.core
-        self._replay = Replay(self.core, self.head, self._tap, keeps_features)
+        self._replay = Replay(self.core, self.head, self._tap, self.config.reward == "cached")
         weakref.finalize(self, self._tap.remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,18 +152,19 @@ class Reweighting:
         if found is None:
             raise RuntimeError(self._tap.explain(logits, self.head.name))
         self._replay.check(found)
-        mix, capture = self._mixer.find(found, target), take_rows(found, logits)
+        mix, capture = self._mixer.find(found, target), self._replay.complete(found, logits)
         clean = self._clean(capture, mix)
         if self.memory.ready:
-            self.memory.dictionary.check_payload(self._replay.payload(clean))
+            self.memory.dictionary.check_payload(self._replay.payload(clean), self._replay.advice)
         label = _label(target, given, mix)
         rows = self.memory.num_samples or INDEX_LIMIT
         # A linear head's logits cannot be finite where its input is not.
         told = self.head.is_linear and capture.output.data_ptr() == logits.data_ptr()
-        others = (clean.features, clean.output) if clean is not capture else ()
-        good = all_good(logits, others if told else (capture.features, *others), target, label, index, rows)
+        others = (*_looked_at(clean), clean.output) if clean is not capture else ()
+        features = _looked_at(capture)
+        good = all_good(logits, others if told else (*features, *others), target, label, index, rows)
         if not good:
-            valid = self._look_closer(logits, (capture.features, *others), target, label, index, rows)
+            valid = self._look_closer(logits, (*features, *others), target, label, index, rows)
         if not self._checked:
             self._check_head(found, capture, logits)
         batch = _Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
@@ -194,7 +193,7 @@ class Reweighting:
         """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
         if mix is None or self._replayed:
             return capture
-        device = capture.features.device.type
+        device = capture.output.device.type
         with torch.no_grad(), _autocast_off(device), self._tap.mute():
             return self._replay.clean(capture, mix.mixed, mix.inputs)
 
@@ -203,7 +202,8 @@ class Reweighting:
         if self._looks & (self._looks + 1) == 0:
             off = _autocast_off(logits.device.type)
             with torch.no_grad(), off, self._tap.mute(), other_streams_kept():
-                check_rows(found, logits, self.head.name)
+                if not self._replay.is_whole:
+                    check_rows(found, logits, self.head.name)
                 self._checked = self.head.check(capture, logits)
                 self.head.find_derivative(capture.features, logits)
         self._looks += 1
@@ -235,6 +235,7 @@ class Reweighting:
     def _prepare(self, batch: _Accepted) -> None:
         """The batch is good: makes room for it, and forgets what was kept for it."""
         self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
+        self._replay.remember(batch.found)
         self._tap.discard(batch.found, batch.given)
         self._mixer.discard(batch.mix)
 
@@ -339,6 +340,8 @@ class Reweighting:
             label, payload = label[part], tuple(tensor[part] for tensor in payload)
         features = self.head.features(self._replay.features(payload, capture), dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
+        if not isinstance(features, Tensor):  # a call of the model, see _looked_at
+            return reward, None
         if features.device.type == "cpu" and math.isfinite(features.sum().item()):
             return reward, None
         finite = finite_rows(features)
@@ -430,7 +433,14 @@ def _unnormalized(rule: str, scores: Tensor, valid: Tensor | None) -> tuple[Tens
     return torch.ones_like(scores) if valid is None else valid.to(scores.dtype), scores.new_zeros(0)
 
 
-def _rows(valid: Tensor, tensor: Tensor) -> Tensor:
+def _looked_at(capture: Capture) -> tuple[Tensor, ...]:
+    """What must be finite besides the logits: the head's input. The model's may be infinite, as masks are."""
+    return (capture.features,) if isinstance(capture.features, Tensor) else ()
+
+
+def _rows(valid: Tensor, tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor.where(valid)
     return torch.where(valid.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
 
 
@@ -443,7 +453,7 @@ def _label(target: Tensor, given: Tensor | None, mix: Mix | None) -> Tensor:
     return target if target.ndim == 1 else target.detach().argmax(1)
 
 
-def _masked(valid: Tensor, features: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def _masked(valid: Tensor, features: Any, target: Tensor, label_smoothing: float) -> tuple[Any, Tensor]:
     """Features (n, ...) and dense targets (n, C), smoothed, with zeros for the samples that are not valid."""
     return _rows(valid, features), functional.dense_target(target, target, label_smoothing) * valid[:, None]
 

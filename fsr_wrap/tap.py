@@ -27,7 +27,7 @@ class Capture:
     in the forward, from 0 on.
     """
 
-    features: Tensor
+    features: Any  # a tensor (b, ...), or the `Call` of the model where Θ^meta is in all of it
     output: Tensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
@@ -47,6 +47,7 @@ class Tap:
 
     def __init__(self, model: nn.Module, *heads: nn.Module):
         self._heads = heads
+        self._is_whole = heads == (model,)
         self._reset()
         handles = [model.register_forward_pre_hook(self._on_model, with_kwargs=True)]
         handles += [head.register_forward_hook(self._on_head, with_kwargs=True) for head in heads]
@@ -68,6 +69,7 @@ class Tap:
         # Hooks are known by numbers, which a new process would give out once more.
         RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in self._ids))
         self._heads = ()
+        self._is_whole = False
         self._owners = []
         self._reset()
         self._muted = True  # the hooks of a copied model have nobody to listen for
@@ -75,6 +77,7 @@ class Tap:
     def adopt(self, model: nn.Module, *heads: nn.Module) -> None:
         """Listens again, to copies of the modules that carry copies of the hooks; they may not be complete yet."""
         self._heads = heads
+        self._is_whole = heads == (model,)
         self._reset()
         self._owners = [weakref.ref(module) for module in (model, *heads)]
 
@@ -129,21 +132,25 @@ class Tap:
     def _on_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (self._is_listening() or self._diverting):
             return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        values = (*args, *kwargs.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
         self._problem = ""
-        if len(tensors) != 1:
-            self._problem = f"is called with {len(tensors)} tensors, and FSR needs one, (b, ...)"
+        if len(tensors) != 1 and not self._is_whole:
+            kinds = ", ".join(type(value).__name__ for value in values)
+            found = f"{len(tensors)} tensors" if tensors or not values else f"no tensor, but {kinds}"
+            self._problem = f"is called with {found}, and FSR needs one, (b, ...)"
             return
+        features = tensors[0] if len(tensors) == 1 else NOTHING.features  # see Replay.complete
         try:
             output = as_logits(output)
         except TypeError:
             self._problem = f"puts out no logits, but {type(output).__name__}"
             return
-        if _is_symbolic(output) or _is_symbolic(tensors[0]):
+        if _is_symbolic(output) or _is_symbolic(features):
             return
         device = output.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        capture = Capture(tensors[0].detach(), output.detach(), *self._inputs, autocast, self._turn)
+        capture = Capture(features.detach(), output.detach(), *self._inputs, autocast, self._turn)
         if len(self._heads) > 1:
             pairs = zip(self._heads, self._parts, strict=True)
             self._parts = tuple(capture if head is module else part for head, part in pairs)
