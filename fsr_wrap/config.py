@@ -159,6 +159,11 @@ class FSRConfig:
         """The valuation function itself."""
         return get_pusher(self.pusher)
 
+    @property
+    def pusher_name(self) -> str:
+        """The pusher as a string."""
+        return self.pusher if isinstance(self.pusher, str) else type(self.pusher).__name__
+
 
 class Overrides(TypedDict, total=False):
     """The fields of `FSRConfig` once more, for type checkers: what may be set otherwise by keyword."""

@@ -14,6 +14,7 @@ from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import world_size
 from .functional import effective_sample_size
+from .loading import Unfit, check_fit, check_state
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 
@@ -233,7 +234,7 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings; copies."""
-        config = {**asdict(self.config), "pusher": pusher_name(self.config)}
+        config = {**asdict(self.config), "pusher": self.config.pusher_name}
         state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
         state["world_size"] = world_size()  # for people
         state |= {name: getattr(self, name) for name in _NUMBERS}
@@ -253,32 +254,19 @@ class Memory:
         """The memory that `state_dict` described, for a run with this configuration.
 
         **Raises:** `ValueError` if it belongs to a newer format, another data set or a configuration that stores
-        something else.
+        something else, or if it is none that `state_dict` gave.
         """
-        if state["version"] > STATE_VERSION:
-            raise ValueError(
-                f"The checkpoint has FSR's state in format {state['version']}; this fsr_wrap reads up to "
-                f"{STATE_VERSION}. Update fsr_wrap."
-            )
-        if num_samples is not None and state["num_samples"] not in (None, num_samples):
-            raise ValueError(
-                f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}."
-            )
-        must_agree = ["dictionary_size", "reward"]
-        if config.relabel_weight and "pseudo" in state:
-            must_agree.append("relabel_storage")
-        for name in must_agree:
-            saved, live = state["config"][name], getattr(config, name)
-            if saved != live:
-                raise ValueError(
-                    f"The checkpoint was made with {name}={saved!r}, this run has {live!r}: pass {saved!r}."
-                )
-        if config.get_pusher().needs_learned and "learned" not in state.get("table", {"learned": None}):
-            saved = state["config"]["pusher"]
-            raise ValueError(
-                f"The checkpoint was made with pusher={saved!r}, this run has {pusher_name(config)!r}, which needs to "
-                f"know what earlier visits of each sample found: pass {saved!r}."
-            )
+        try:
+            check_fit(state, config, num_samples, STATE_VERSION)
+            check_state(state, metrics=len(METRICS), planned=_AHEAD)
+            return cls._rebuilt(state, config, num_samples)
+        except Unfit:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"FSR's part of the state is none that state_dict() gave: {error!r}.") from error
+
+    @classmethod
+    def _rebuilt(cls, state: dict[str, Any], config: FSRConfig, num_samples: int | None) -> Memory:
         self = cls(config, num_samples)
         for name in _NUMBERS:
             setattr(self, name, state[name])
@@ -299,8 +287,3 @@ class Memory:
             if self.pseudo is not None and "pseudo" in state:
                 self.pseudo.load_state_dict(state["pseudo"])
         return self
-
-
-def pusher_name(config: FSRConfig) -> str:
-    """The pusher as a string."""
-    return config.pusher if isinstance(config.pusher, str) else type(config.pusher).__name__

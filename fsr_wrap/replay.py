@@ -108,11 +108,14 @@ class Replay:
 
     def features(self, payload: tuple[Tensor, ...], like: Capture) -> Any:
         """The head's input of stored samples, in a forward as that of the capture was."""
-        if self.is_whole:
-            return replace(like.features, rows=payload)
-        if self._keeps_features:
+        if self._keeps_features and not self.is_whole:
             return payload[0]
-        args, kwargs = replace(self._call(like), rows=payload).inputs()
+        call = like.features if self.is_whole else self._call(like)
+        rows = tuple(stored.to(row.dtype) for stored, row in zip(payload, call.rows, strict=True))
+        call = replace(call, rows=rows)
+        if self.is_whole:
+            return call
+        args, kwargs = call.inputs()
         return self._run(args, kwargs, like).features
 
     def clean(self, capture: Capture, mixed: Tensor, inputs: Tensor) -> Capture:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ import torch
 from helpers import assert_close, worker_warnings
 from processes import run
 from test_state import FILES, names
+from test_wrapper import make, snapshot, train
+from torch import nn
 
 import fsr_wrap.state
-from fsr_wrap import RewardDictionary, distributed
+from fsr_wrap import FSRWrapper, RewardDictionary, distributed
 from fsr_wrap.state import read_state, write_state
 
 # --- several savers --------------------------------------------------------------------------------------------------
@@ -140,3 +146,85 @@ def test_payloads_of_every_dtype_come_to_every_process() -> None:
     assert_close(expected, [t.contiguous().view(torch.uint8) for t in payloads(index) if t.ndim > 1], 0.0)
     for found in run(2, consolidated):
         assert_close(found, [index, expected], 0.0)
+
+
+# --- strange content ----------------------------------------------------------------------------------------------
+
+
+def leaves(state: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of a tree of dicts and lists, those of its inner nodes too."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return [(*path, key) for key, _ in items] + [at for key, value in items for at in leaves(value, (*path, key))]
+
+
+def strange(value: Any, chance: random.Random) -> Any:
+    """Another value in its place: of another kind, dtype, shape or range."""
+    if not isinstance(value, torch.Tensor):
+        return chance.choice([None, -7, 10**6, "x", 1.5, [], {}, True, torch.zeros(3)])
+    kinds: list[Callable[[], Any]] = [
+        lambda: value[..., :-1] if value.ndim else value[None],
+        lambda: value[None],
+        lambda: torch.cat([value, value]) if value.ndim else value.double(),
+        lambda: value.to(torch.float64 if value.dtype == torch.float32 else torch.float32),
+        lambda: 3,
+        lambda: None,
+    ]
+    if value.dtype == torch.int64 and value.numel():
+        kinds += [partial(spoilt, value, chance, number) for number in (-5, 10**7, int(value.flatten()[0]))] * 2
+    if value.is_floating_point() and value.numel():
+        kinds += [partial(spoilt, value, chance, torch.inf)] * 2
+    return chance.choice(kinds)()
+
+
+def spoilt(value: torch.Tensor, chance: random.Random, number: float) -> torch.Tensor:
+    copy = value.clone()
+    copy.view(-1)[chance.randrange(copy.numel())] = number
+    return copy
+
+
+def goes_on(model: nn.Module, fsr: FSRWrapper) -> None:
+    """Steps over the end of an epoch: whatever loaded must not fail later, nor hold what is not finite."""
+    train(model, fsr, 2, 0.3, batch_size=300)
+    assert not fsr.scores.isinf().any()
+    assert fsr.dictionary.score.isfinite().all()
+    assert all(part.isfinite().all() for part in fsr.dictionary.draw(20).payload)
+    assert fsr.weights.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pusher": "forgetting_event", "relabel_storage": 3}, {"reward": "fresh", "relabel_weight": 0.0}],
+    ids=["default", "forgetting, K", "fresh"],
+)
+def test_strange_content_is_refused_or_harmless(options: dict[str, Any]) -> None:
+    """States with one value of FSR's part exchanged: refused by a ValueError that leaves the wrapper as it was, or what
+    loaded trains on."""
+    model, fsr = make(**options)
+    train(model, fsr, 3, 0.3, batch_size=300)
+    weights = copy.deepcopy(model.state_dict())
+    good, before, outcome, chance = fsr.state_dict(), snapshot(model, fsr), Counter[str](), random.Random(3)
+    places = [place for place in leaves(good["fsr"]) if place[0] not in ("config", "world_size")]
+    assert len(places) > 30
+    for place in places:
+        for _ in range(2):
+            bad = copy.deepcopy(good)
+            *way, last = place
+            node = bad["fsr"]
+            for key in way:
+                node = node[key]
+            if chance.random() < 0.1 and isinstance(node, dict):
+                del node[last]
+            else:
+                node[last] = strange(node[last], chance)
+            try:
+                fsr.load_state_dict(bad)
+            except ValueError:
+                outcome["refused"] += 1
+                assert_close(snapshot(model, fsr), before, 0)
+                continue
+            outcome["loaded"] += 1
+            goes_on(model, fsr)
+            model.load_state_dict(weights)
+            fsr.load_state_dict(good)
+            fsr.zero_grad()
+    assert outcome["refused"] > 0.75 * outcome.total(), outcome  # counters and labels of class 0 may be others as well

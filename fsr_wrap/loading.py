@@ -1,0 +1,179 @@
+"""Looks at a state before it is taken over, so that what no run of this kind has left is refused whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import FSRConfig
+from .relabel import get_storage
+
+State = dict[str, Any]
+_COUNTERS = {"epoch": 0, "consumed": 0, "draws": 0, "largest": -1, "steps": 0, "gradient_age": 0, "planned": 0}
+
+
+class Unfit(ValueError):
+    """A state of another run than this one."""
+
+
+def check_fit(state: State, config: FSRConfig, num_samples: int | None, version: int) -> None:
+    """**Raises:** `Unfit` if the state belongs to a newer format than `version`, another data set or a configuration
+    that stores something else."""
+    if state["version"] > version:
+        raise Unfit(
+            f"The checkpoint has FSR's state in format {state['version']}; this fsr_wrap reads up to {version}. Update "
+            "fsr_wrap."
+        )
+    if num_samples is not None and state["num_samples"] not in (None, num_samples):
+        raise Unfit(f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}.")
+    must_agree = ["dictionary_size", "reward"]
+    if config.relabel_weight and "pseudo" in state:
+        must_agree.append("relabel_storage")
+    for name in must_agree:
+        saved, live = state["config"][name], getattr(config, name)
+        if saved != live:
+            raise Unfit(f"The checkpoint was made with {name}={saved!r}, this run has {live!r}: pass {saved!r}.")
+    if config.get_pusher().needs_learned and "learned" not in state.get("table", {"learned": None}):
+        saved = state["config"]["pusher"]
+        raise Unfit(
+            f"The checkpoint was made with pusher={saved!r}, this run has {config.pusher_name!r}, which needs to know "
+            f"what earlier visits of each sample found: pass {saved!r}."
+        )
+
+
+def check_state(state: State, *, metrics: int, planned: int) -> None:
+    """Structure, dtypes, shapes, ranges and finiteness of what `Memory.state_dict` gives.
+
+    **Arguments:** `metrics`, how many sums there are; `planned`, how many reward batches a plan has.
+
+    **Raises:** `ValueError` naming the first entry that cannot be.
+    """
+    for name, least in _COUNTERS.items():
+        _need(_is_int(state[name]) and state[name] >= least, name, state[name])
+    _need(state["planned"] <= planned, "planned", state["planned"])
+    samples = state["num_samples"]
+    _need(samples is None or (_is_int(samples) and samples > state["largest"]), "num_samples", samples)
+    if "table" not in state:
+        return
+    rows, classes = len(state["table"]["score"]), state["dictionary"]["num_classes"]
+    _need(rows > state["largest"] and samples in (None, rows), "table", f"{rows} rows")
+    _check_table(state, rows)
+    _check_dictionary(state["dictionary"], rows)
+    if "given" in state:
+        label = _tensor(state["given"], "label", torch.int16, (rows,))
+        _need(_within(label, -1, min(classes, 2**15)), "given/label", "a class that is not there")
+    if "pseudo" in state:
+        _check_pseudo(state["pseudo"], rows, classes, state["config"]["relabel_storage"])
+    if "plan" in state:
+        _check_plan(state["plan"], state["dictionary"], planned)
+    _check_metrics(state, metrics)
+
+
+def _check_table(state: State, rows: int) -> None:
+    table = state["table"]
+    score = _tensor(table, "score", torch.float32, (rows,))
+    _need(not score.isinf().any(), "table/score", "infinity")
+    _need(_within(_tensor(table, "epoch", torch.int16, (rows,)), -1, 2**15), "table/epoch", "an epoch below -1")
+    if "learned" in table:
+        _need(_within(_tensor(table, "learned", torch.uint8, (rows,)), 0, 3), "table/learned", "no such code")
+
+
+def _check_dictionary(state: State, samples: int) -> None:
+    classes, size, length = state["num_classes"], state["size"], state["length"]
+    for name, least in (("num_classes", 2), ("size", 1), ("length", 1), ("turn", 0)):
+        _need(_is_int(state[name]) and state[name] >= least, name, state[name])
+    quota = max(1, size // classes)
+    capacity = classes * quota
+    rows = 2 * capacity + length
+    used = []
+    for name, slots in (("members", capacity), ("best", capacity), ("buffer", len(state["buffer"]["index"]))):
+        used.append(_check_entries(state[name], name, slots, samples, classes, rows))
+    _need(len(state["buffer"]["index"]) <= length, "buffer", "more than it holds")
+    count = _tensor(state, "count", torch.int64, (classes,))
+    filled = state["members"]["index"].view(classes, quota) >= 0
+    rank = torch.arange(quota, device=filled.device)
+    _need(torch.equal(filled, rank < count[:, None]), "count", "another number of members than there are")
+    own = state["members"]["label"].view(classes, quota) == torch.arange(classes, device=filled.device)[:, None]
+    _need(bool((own | ~filled).all()), "members/label", "a member of another class")
+    present = count.cpu().nonzero()[:, 0]
+    order = _tensor(state, "classes", torch.int64, (len(present),)).cpu()
+    _need(torch.equal(order.sort().values, present), "classes", "others than the members'")
+    _need(state["turn"] < max(1, len(present)), "turn", state["turn"])
+    free = _tensor(state, "free", torch.int64, (length,))
+    _need(_within(free, 0, rows) and len(free.unique()) == length, "free", "a row twice, or one that is not there")
+    ahead = free[len(state["buffer"]["index"]) :]  # where the next candidates go
+    _need(not torch.isin(ahead, torch.cat(used)).any(), "free", "a row that is in use")
+    _need(len(state["arena"]) == len(state["channels_last"]), "arena", f"{len(state['arena'])} tensors")
+    _need(bool(state["arena"]) or not len(torch.cat(used)), "arena", "nothing for the entries")
+    for arena in state["arena"]:
+        _need(isinstance(arena, Tensor) and arena.ndim >= 1 and len(arena) == rows, "arena", "another number of rows")
+        if arena.is_floating_point():
+            _need(bool(arena[torch.cat(used)].isfinite().all()), "arena", "NaN or infinity")
+
+
+def _check_entries(state: State, name: str, slots: int, samples: int, classes: int, rows: int) -> Tensor:
+    """Checks a part of the dictionary; returns the rows of the arena that it uses."""
+    index, label, row = (_tensor(state, column, torch.int64, (slots,)) for column in ("index", "label", "row"))
+    score = _tensor(state, "score", torch.float32, (slots,))
+    _need(_within(index, -1, samples), f"{name}/index", "a sample that is not there")
+    there = index >= 0
+    _need(_within(label[there], 0, classes), f"{name}/label", "a class that is not there")
+    _need(_within(row[there], 0, rows), f"{name}/row", "a row that is not there")
+    _need(bool(score[there].isfinite().all()), f"{name}/score", "NaN or infinity")
+    return row[there]
+
+
+def _check_pseudo(state: State, rows: int, classes: int, storage: str | int) -> None:
+    for name, (width, dtype) in get_storage(storage).columns(classes).items():
+        column = _tensor(state, name, dtype, (rows, width))
+        if dtype.is_floating_point:
+            _need(bool(column.isfinite().all()), f"pseudo/{name}", "NaN or infinity")
+        if name == "classes":
+            _need(_within(column, 0, classes), "pseudo/classes", "a class that is not there")
+
+
+def _check_plan(plan: Tensor, dictionary: State, planned: int) -> None:
+    _need(plan.dtype == torch.int64 and plan.ndim == 3 and plan.shape[:2] == (3, planned), "plan", tuple(plan.shape))
+    slot, row, label = plan
+    members = dictionary["members"]
+    _need(_within(slot, 0, len(members["index"])) and bool((members["index"][slot] >= 0).all()), "plan", "no member")
+    same = torch.equal(members["row"][slot], row) and torch.equal(members["label"][slot], label)
+    _need(same, "plan", "other rows or labels than the members'")
+
+
+def _check_metrics(state: State, metrics: int) -> None:
+    _tensor(state, "sums", torch.float64, (metrics,))
+    sizes, columns = state["sizes"], state["uncounted"]
+    _need(all(_is_int(size) and size >= 0 for size in sizes), "sizes", sizes)
+    _need(len(columns) == (5 if sizes else 0), "uncounted", f"{len(columns)} columns")
+    for number, column in enumerate(columns):  # weights and losses of the samples, and three numbers of each step
+        shape = columns[0].shape if number < 2 else (len(sizes),)
+        fits = column.is_floating_point() or (number > 2 and column.dtype == torch.int64)
+        _need(fits and column.shape == shape and len(column) == len(sizes), "uncounted", tuple(column.shape))
+    for name, value in state["gradient"].items():
+        _need(isinstance(name, str) and value.is_floating_point(), "gradient", name)
+
+
+def _tensor(state: State, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    value = state[name]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
+    if value.dtype != dtype or tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name!r} is {value.dtype} of shape {tuple(value.shape)}, not {dtype} of {tuple(shape)}")
+    return value
+
+
+def _within(values: Tensor, least: int, below: int) -> bool:
+    return not len(values) or (int(values.min()) >= least and int(values.max()) < below)
+
+
+def _need(ok: bool, name: str, found: object) -> None:
+    if not ok:
+        raise ValueError(f"{name!r} has {found}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
