@@ -5,7 +5,9 @@ No collective here depends on what is in the data: each process calls the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -16,14 +18,27 @@ _T = TypeVar("_T")
 _KINDS = FileNotFoundError, OSError, TypeError, ValueError, RuntimeError
 
 
+_current: ContextVar[Any] = ContextVar("_current", default=None)
+
+
+@contextmanager
+def within(group: Any) -> Iterator[None]:
+    """Within it, all of this module is about the processes of a group; None is the default group."""
+    token = _current.set(group)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 def world_size() -> int:
-    """The number of processes of the default group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """The number of processes of the current group, 1 without one."""
+    return dist.get_world_size(_current.get()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number in the default group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's number in the current group, 0 without one."""
+    return dist.get_rank(_current.get()) if dist.is_available() and dist.is_initialized() else 0
 
 
 def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -38,7 +53,7 @@ def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def sum_in_place(tensor: Tensor) -> Tensor:
     """The tensor, summed over the processes where it stands."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_current.get())
     return tensor
 
 
@@ -63,7 +78,7 @@ def gather(sums: Tensor, columns: tuple[Tensor, ...], length: int) -> tuple[Tens
     header = sums.double().view(torch.int32)
     sent = torch.cat([header, rows.view(-1)])
     received = sent.new_empty(world, len(sent))
-    dist.all_gather_into_tensor(received.view(-1), sent)
+    dist.all_gather_into_tensor(received.view(-1), sent, group=_current.get())
     numbers = received[:, : len(header)].flatten().view(torch.float64).view(world, len(sums))
     bits = received[:, len(header) :].reshape(world, len(columns), length).transpose(0, 1).reshape(len(columns), -1)
     gathered = tuple(
@@ -87,7 +102,7 @@ def gather_rows(tensors: tuple[Tensor, ...], length: int) -> tuple[Tensor, ...]:
     sent = tensors[0].new_zeros(length, sum(widths))
     torch.cat(tensors, dim=1, out=sent[: len(tensors[0])])
     received = sent.new_empty(world * length, sum(widths))
-    dist.all_gather_into_tensor(received, sent)
+    dist.all_gather_into_tensor(received, sent, group=_current.get())
     return received.split(widths, dim=1)
 
 
@@ -108,7 +123,16 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def barrier() -> None:
     """Waits for all processes."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_current.get())
+
+
+def gather_objects(thing: Any) -> list[Any]:
+    """What each process has to tell; anything that can be pickled."""
+    if world_size() == 1:
+        return [thing]
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, thing, group=_current.get())
+    return told
 
 
 def together(work: Callable[[], _T]) -> _T:
@@ -124,8 +148,7 @@ def together(work: Callable[[], _T]) -> _T:
     except Exception as error:
         failure = error
     kind = next((number for number, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, None if failure is None else (kind, str(failure)))
+    told = gather_objects(None if failure is None else (kind, str(failure)))
     if failure is not None:
         raise failure
     for number, said in enumerate(told):

@@ -53,5 +53,5 @@ class Reminders:
                 f"FSR counts {self._per_epoch} samples an epoch, but samples came again after {loaders}, so its epochs "
                 f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (drop_last=True leaves "
                 "samples out), or load the short last batch too.",
-                stacklevel=4,
+                stacklevel=5,
             )

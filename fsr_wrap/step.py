@@ -107,7 +107,7 @@ class Reweighting:
                 "The soft targets are not those of FSR's own mixup(), so the class that scores and dictionary see is "
                 "the largest entry of each, which in mixed images may be the partner's. Pass the samples' own classes "
                 "as well: loss(logits, target, index, label=y).",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._prepare(batch)
         return self._train(batch)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .checks import as_logits
 from .config import FSRConfig, Overrides, check_names
 from .data import sample_counts
 from .dictionary import RewardDictionary
+from .groups import find_group
 from .heads import Head, check_parallelism, resolve_part, unwrap
 from .memory import METRICS, Memory
 from .reminders import Reminders
@@ -28,6 +30,21 @@ from .step import Reweighting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _in_group(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:
+    """The method, run in the wrapper's process group. Whatever may ask another process goes through it."""
+
+    @functools.wraps(method)
+    def inside(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with distributed.within(self._group.processes):
+            return method(self, *args, **kwargs)
+
+    return inside
 
 
 class FSRWrapper(Optimizer):
@@ -60,12 +77,16 @@ class FSRWrapper(Optimizer):
     - `samples_per_epoch`: how many samples an epoch consumes, over all processes. The data set's length if not given.
         Give it where a sampler or `drop_last` makes an epoch of another length. Without any of the three, call
         [`end_epoch`][fsr_wrap.FSRWrapper.end_epoch].
+    - `process_group`: the processes that train this model together; those of DDP or of FSDP2's mesh if not given, else
+        all. Where each process trains a model of its own: `dist.new_group([dist.get_rank()],
+        use_local_synchronization=True)`. Copies share it. It cannot be pickled: what is unpickled is about all
+        processes.
     - `config`: an [`FSRConfig`][fsr_wrap.FSRConfig]; `overrides` set single fields of it.
 
-    **Raises:** `ValueError` if the head is not found, a value is out of range or samples of the data set are known to
-    share their index, `TypeError` for an unknown field, a wrong type, a loader in place of a data set or a kind of
-    parallelism that is not supported (nn.DataParallel, FSDP1, DeepSpeed, tensor parallel). Model and optimizer are then
-    as they were.
+    **Raises:** `ValueError` if the head is not found, a value is out of range, samples of the data set are known to
+    share their index, or the process group is not the model's own or lacks this process; `TypeError` for an unknown
+    field, a wrong type, a loader in place of a data set or a kind of parallelism that is not supported
+    (nn.DataParallel, FSDP1, DeepSpeed, tensor parallel). Model and optimizer are then as they were.
     """
 
     def __init__(
@@ -78,6 +99,7 @@ class FSRWrapper(Optimizer):
         column: str = "index",
         num_samples: int | None = None,
         samples_per_epoch: int | None = None,
+        process_group: Any = None,
         config: FSRConfig | None = None,
         **overrides: Unpack[Overrides],
     ) -> None:
@@ -95,6 +117,7 @@ class FSRWrapper(Optimizer):
         core = unwrap(model)
         check_parallelism(core)
         head_parts = resolve_part(core, head)
+        group = find_group(model, process_group)
         total = num_samples or rows
         if config.weight_rule == "clip" and total is not None and 2 * config.dictionary_size > total:
             warnings.warn(
@@ -105,6 +128,7 @@ class FSRWrapper(Optimizer):
 
         self.optimizer = optimizer
         self.config = config
+        self._group = group
         self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total))
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._reminders = Reminders(self._samples_per_epoch)
@@ -112,6 +136,7 @@ class FSRWrapper(Optimizer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    @_in_group
     def loss(self, logits: Any, target: Tensor, index: Tensor, label: Tensor | None = None) -> Tensor:
         """The loss to back-propagate, in place of cross-entropy: Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
 
@@ -145,6 +170,7 @@ class FSRWrapper(Optimizer):
         self._count(size)
         return loss
 
+    @_in_group
     def end_epoch(self) -> None:
         """Ends the epoch now: the best samples become the dictionary (Eq. 4). Does nothing if none came since the last.
 
@@ -153,6 +179,7 @@ class FSRWrapper(Optimizer):
         if self._memory.ready and self._memory.consumed > 0:
             self._memory.end_epoch()
 
+    @_in_group
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes a batch (MixUp as released: each sample with a partner, m = max(U²/2, 1 − U²/2)).
 
@@ -183,7 +210,7 @@ class FSRWrapper(Optimizer):
             warnings.warn(
                 "The samples seem to come again, but no epoch has ended, so there is no reward data and nothing is "
                 "re-weighted: pass dataset= or num_samples= to FSRWrapper, or call end_epoch() after each epoch.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     # --- what FSR knows ----------------------------------------------------------------------------------------------
@@ -229,6 +256,7 @@ class FSRWrapper(Optimizer):
             raise RuntimeError("There are no weights before the first loss().")
         return self._reweighting.weights
 
+    @_in_group
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, for a tracker; synchronises with the device.
 
@@ -256,6 +284,7 @@ class FSRWrapper(Optimizer):
         out["fsr/dictionary_size"] = len(memory.dictionary)
         return out
 
+    @_in_group
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, and FSR's own state under `"fsr"`: plain tensors, numbers and strings.
 
@@ -273,11 +302,12 @@ class FSRWrapper(Optimizer):
             warnings.warn(
                 "This state dict was taken in mid-epoch, in one of several processes, and lacks what the others saw "
                 "since the epoch began: call consolidate() in all processes before.",
-                stacklevel=2,
+                stacklevel=3,
             )
         state = {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
         return carry.pack(state) if by_dcp else state
 
+    @_in_group
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; the run goes on bit for bit. From a plain optimizer's state dict the inner
         optimizer loads, and FSR starts afresh.
@@ -297,7 +327,7 @@ class FSRWrapper(Optimizer):
                 warnings.warn(
                     "This state dict has no state of FSR, so FSR starts afresh. If it comes of a run with FSR, load "
                     "what fsr.state_dict(), fsr.save(folder) or get_optimizer_state_dict(model, fsr) gave.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             return state_dict, Memory(*fitting)
         if "table" not in state and (state.get("epoch") or state.get("consumed")):
@@ -323,6 +353,7 @@ class FSRWrapper(Optimizer):
                 state[number] = pytree.tree_map_only(Tensor, sharded, state[number])
         return {**state_dict, "state": state}
 
+    @_in_group
     def consolidate(self) -> None:
         """In several processes, brings together what each of them holds apart since the epoch began: candidates'
         features or inputs, and pseudo-labels. All processes must call it, before one of them takes a `state_dict` in
@@ -332,6 +363,7 @@ class FSRWrapper(Optimizer):
         """
         self._memory.consolidate()
 
+    @_in_group
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `state_dict()` to `folder/fsr.safetensors`, without pickle; a file of that name is always whole.
 
@@ -343,6 +375,7 @@ class FSRWrapper(Optimizer):
         state = pytree.tree_map_only(Tensor, distributed.whole, self.state_dict())
         distributed.together(lambda: write_state(folder, state) if distributed.rank() == 0 else None)
 
+    @_in_group
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Loads what `save` wrote to the folder. All processes must call it.
 
