@@ -126,6 +126,16 @@ def barrier() -> None:
         dist.barrier(group=_current.get())
 
 
+def gather_number(number: int, device: torch.device) -> list[int]:
+    """An int64 of every process, which waits for the device."""
+    if world_size() == 1:
+        return [number]
+    sent = torch.tensor([number], dtype=torch.int64, device=device)
+    received = sent.new_empty(world_size())
+    dist.all_gather_into_tensor(received, sent, group=_current.get())
+    return [int(value) for value in received.tolist()]
+
+
 def gather_objects(thing: Any) -> list[Any]:
     """What each process has to tell; anything that can be pickled."""
     if world_size() == 1:

@@ -1,13 +1,17 @@
-"""Which processes train a model together."""
+"""Which processes train a model together, and whether they were set up alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
+
+from . import distributed
 
 ALONE = "process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)"
 
@@ -87,3 +91,21 @@ def _group_of(mesh: Any, ranks: list[int]) -> Any:
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
     return mesh.get_group() if mesh.ndim == 1 else None
+
+
+def check_alike(facts: dict[str, Any], device: torch.device) -> None:
+    """Whether the facts have the same values in all processes of the current group, by one all-gather of one number.
+
+    **Raises:** `ValueError` in all processes if they do not.
+    """
+    digest = int.from_bytes(blake2b(repr(facts).encode(), digest_size=8).digest(), "little", signed=True)
+    if set(distributed.gather_number(digest, device)) == {digest}:
+        return
+    told = distributed.gather_objects({name: repr(value) for name, value in facts.items()})
+    names = [name for name, value in told[0].items() if any(other[name] != value for other in told)]
+    each = "; ".join(f"{name} is {', '.join(other[name] for other in told)}" for name in names)
+    raise ValueError(
+        f"The processes were set up unlike each other: {each}, in process 0 and on. FSR must be given the same in all "
+        "of them, also the same seed, without + rank, and the same checkpoint. If each process trains a model of its "
+        f"own, pass {ALONE}."
+    )

@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ from .checks import as_logits
 from .config import FSRConfig, Overrides, check_names
 from .data import sample_counts
 from .dictionary import RewardDictionary
-from .groups import find_group
+from .groups import check_alike, find_group
 from .heads import Head, check_parallelism, resolve_part, unwrap
 from .memory import METRICS, Memory
 from .reminders import Reminders
@@ -133,6 +133,7 @@ class FSRWrapper(Optimizer):
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._reminders = Reminders(self._samples_per_epoch)
         self._warned = self._warned_of_state = False
+        self._alike = False  # whether the processes are known to be
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -158,13 +159,16 @@ class FSRWrapper(Optimizer):
         **Returns:** a scalar. In several processes it is scaled so that DDP's averaging gives the global loss.
 
         **Raises:** `ValueError` or `TypeError` for input of a wrong shape, dtype or range, or of another number of
-        classes than before, or NaN or infinite; `RuntimeError` if no forward of the model preceded. Nothing has then
-        changed. On an accelerator, where looking would wait for the device, values out of range are left out of the
-        step at once and raised at the next call.
+        classes than before, or NaN or infinite, or if the processes were set up unlike each other; `RuntimeError` if no
+        forward of the model preceded. Nothing has then changed. On an accelerator, where looking would wait for the
+        device, values out of range are left out of the step at once and raised at the next call.
         """
         logits = as_logits(logits)
         if not torch.is_grad_enabled():
             return functional.cross_entropy(logits, target, self.config.label_smoothing).mean()
+        if not self._alike:
+            check_alike(self._facts(), logits.device)
+            self._alike = True
         loss, size = self._reweighting.loss(logits, target, index, label)
         self._reminders.valued()
         self._count(size)
@@ -196,6 +200,13 @@ class FSRWrapper(Optimizer):
         **Raises:** `TypeError` or `ValueError` for inputs that cannot be mixed.
         """
         return self._reweighting.mixup(inputs, target)
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        memory, per_epoch = self._memory, self._samples_per_epoch
+        facts = {"num_samples": memory.num_samples, "samples_per_epoch": per_epoch, **asdict(self.config)}
+        facts["pusher"] = self.config.pusher_name
+        return facts | {"epoch": memory.epoch, "consumed": memory.consumed, "draws": memory.draws}
 
     def _count(self, size: int) -> None:
         """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
@@ -340,7 +351,7 @@ class FSRWrapper(Optimizer):
 
     def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
         self.optimizer.load_state_dict(self._sharded(state_dict))
-        self._reweighting.memory = memory
+        self._reweighting.memory, self._alike = memory, False
 
     def _sharded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The inner optimizer's state dict, with whole tensors sharded where FSDP2 shards their parameters."""

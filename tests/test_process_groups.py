@@ -119,3 +119,47 @@ def test_groups_that_cannot_be_are_refused() -> None:
 
 def test_fully_shard_on_a_part_of_the_processes() -> None:
     assert [found["consumed"] for found in run(2, fully_sharded_alone)] == [60, 120]
+
+
+# --- processes that were set up unlike each other --------------------------------------------------------------------
+
+
+def unlike() -> list[str]:
+    """What the first loss says in processes that differ in one thing; it must change nothing where it raises."""
+    rank, messages, states = dist.get_rank(), [], []
+    x, y = digits()
+    index = torch.arange(30) + 30 * rank
+
+    def attempt(load: bool = False, **options: Any) -> None:
+        core = network()
+        model = DistributedDataParallel(core)
+        fsr = FSRWrapper(model, torch.optim.SGD(core.parameters(), lr=0.05), core[2], **{**RECIPE, **options})
+        if load:
+            fsr.load_state_dict(states[0])
+        before = fsr._memory.consumed
+        try:
+            fsr.loss(model(x[index]), y[index], index)
+            assert fsr._memory.consumed == before + 60
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+            assert fsr._memory.consumed == before
+        fsr.consolidate()
+        states.append(fsr.state_dict())
+
+    attempt()
+    attempt(load=True)
+    attempt(seed=5 + rank)
+    attempt(dictionary_size=40 + 10 * rank, num_samples=N + rank)
+    attempt(load=rank == 1)
+    return messages
+
+
+def test_processes_that_were_set_up_unlike_each_other_all_raise() -> None:
+    first, second = run(2, unlike)
+    assert first == second
+    assert first[:2] == ["", ""]
+    assert "seed is 5, 6, in process 0 and on" in first[2]
+    assert "without + rank" in first[2]
+    assert f"num_samples is {N}, {N + 1}; dictionary_size is 40, 50, in" in first[3]
+    assert "consumed is 0, 60, in" in first[4]
