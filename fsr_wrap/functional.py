@@ -308,9 +308,17 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 
 
 def relabel(
-    stored: Tensor, logits: Tensor, *, momentum: float, temperature: float = 1.0, mean_square: Tensor | None = None
+    stored: Tensor,
+    logits: Tensor,
+    *,
+    momentum: float,
+    temperature: float = 1.0,
+    mean_square: Tensor | None = None,
+    is_open: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Momentum re-labelling (Eq. 7), as released: the stored logits are first divided by their RMS over the batch.
+
+    Classes that a mask shuts take no part, neither in the RMS nor in the pseudo-labels; their logits count as 0.
 
     **Arguments:**
 
@@ -318,13 +326,19 @@ def relabel(
     - `logits`: f(x, Θ_t) (b, C).
     - `momentum`: β, the weight of the old value. `temperature`: T.
     - `mean_square`: (), of `stored` over all processes; computed if not given.
+    - `is_open`: (b, C) bool, logits > `SHUT`; computed if not given.
 
     **Returns:** the pseudo-labels softmax(ŷ_{t−1}/T) and the new ŷ_t, both (b, C).
     """
+    if is_open is None:
+        is_open = logits > SHUT
     if mean_square is None:
-        mean_square = stored.square().mean()
+        mean_square = (stored.square() * is_open).sum() / is_open.sum().clamp(min=1)
     normalized = stored * (mean_square + 1e-8).rsqrt()
-    return (normalized / temperature).softmax(1), momentum * normalized + (1 - momentum) * logits
+    new = torch.lerp(F.threshold(logits, SHUT, 0.0), normalized, momentum)
+    scaled = normalized if temperature == 1 else normalized / temperature
+    pseudo = torch.where(is_open, scaled, torch.finfo(scaled.dtype).min).softmax(1)
+    return pseudo, new
 
 
 def mixup_coefficients(uniform: Tensor, beta: float = 0.5) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .distributed import sum_in_place, world_size
-from .functional import relabel
+from .functional import SHUT, relabel
 
 _LARGEST = torch.finfo(torch.float16).max
 _CHUNK = 2**24  # values exchanged at once
@@ -23,8 +23,9 @@ class Storage(Protocol):
         """Width and dtype of each column."""
         ...
 
-    def encode(self, logits: Tensor) -> Columns:
-        """(b, C) → (b, width) each, in range of the columns' dtypes but not in them yet."""
+    def encode(self, logits: Tensor, is_open: Tensor) -> Columns:
+        """(b, C) → (b, width) each, in range of the columns' dtypes but not in them yet. `is_open`: classes
+        that no mask shuts, (b, C)."""
         ...
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ class Half:
     def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"logits": (num_classes, torch.float16)}
 
-    def encode(self, logits: Tensor) -> Columns:
+    def encode(self, logits: Tensor, is_open: Tensor) -> Columns:
         return {"logits": logits.clamp(-_LARGEST, _LARGEST)}
 
     def decode(self, columns: Columns, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ class Byte:
     def columns(self, num_classes: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"logits": (num_classes, torch.int8), "scale": (1, torch.float16)}
 
-    def encode(self, logits: Tensor) -> Columns:
+    def encode(self, logits: Tensor, is_open: Tensor) -> Columns:
         scale = (logits.abs().amax(1, keepdim=True) / 127).clamp(max=_LARGEST).half()
         number = (logits / scale.to(logits.dtype)).nan_to_num(0.0).round().clamp(-127, 127)  # 0/0 where all are 0
         return {"logits": number, "scale": scale}
@@ -75,11 +76,12 @@ class Largest:
         few = {"rest": (1, torch.float16), "square": (1, torch.float32)}
         return {"logits": (number, torch.float16), "classes": (number, index), **few}
 
-    def encode(self, logits: Tensor) -> Columns:
-        logits = logits.clamp(-_LARGEST, _LARGEST)
-        number, classes = min(self.number, logits.shape[1]), logits.shape[1]
-        top, where = logits.topk(number, dim=1)
-        rest = (logits.sum(1) - top.sum(1)) / max(classes - number, 1)
+    def encode(self, logits: Tensor, is_open: Tensor) -> Columns:
+        logits = torch.where(is_open, logits.clamp(-_LARGEST, _LARGEST), 0)
+        where = torch.where(is_open, logits, -torch.inf).topk(min(self.number, logits.shape[1]), dim=1).indices
+        top = logits.gather(1, where)
+        others = is_open.sum(1) - is_open.gather(1, where).sum(1)
+        rest = (logits.sum(1) - top.sum(1)) / others.clamp(min=1)
         few = {"rest": rest[:, None], "square": logits.float().square().mean(1, keepdim=True)}
         return {"logits": top, "classes": where, **few}
 
@@ -155,20 +157,22 @@ class PseudoLabels:
         rows = {name: column[index] for name, column in self.columns.items()}
         return self.storage.decode(rows, self.num_classes, dtype)
 
-    def update(self, row: Tensor, logits: Tensor, stored: Tensor, mean_square: Tensor) -> Tensor:
+    def update(
+        self, row: Tensor, logits: Tensor, stored: Tensor, mean_square: Tensor, is_open: Tensor | None = None
+    ) -> Tensor:
         """One step of Eq. 7 for a batch.
 
         **Arguments:**
 
         - `row`: (b,) indices, -1 for what must leave no trace. `logits`: f(x) (b, C). `stored`: from `stored()`.
-        - `mean_square`: (), of `stored` over all processes.
+        - `mean_square`: (), of `stored` over all processes. `is_open`: (b, C) bool, classes that no mask shuts.
 
         **Returns:** the pseudo-labels (b, C) from before the step.
         """
-        target, new = relabel(
-            stored, logits, momentum=self.momentum, temperature=self.temperature, mean_square=mean_square
-        )
-        for name, values in self.storage.encode(new).items():
+        is_open = logits > SHUT if is_open is None else is_open
+        how = {"momentum": self.momentum, "temperature": self.temperature}
+        target, new = relabel(stored, logits, **how, mean_square=mean_square, is_open=is_open)
+        for name, values in self.storage.encode(new, is_open).items():
             self.columns[name][row] = values.to(self.columns[name].dtype)
         if world_size() > 1:
             if self._mine is None:

@@ -279,11 +279,14 @@ class Reweighting:
             new, index = new & valid, torch.where(valid, index, -1)
         clean = batch.clean
         clean_logits = logits if batch.mix is None else clean.output.to(logits.dtype).flatten(1)
-        stored = squares = None
+        stored = squares = is_open = None
         if memory.pseudo is not None:
             stored, squares = memory.pseudo.stored(batch.index, logits.dtype)
+            is_open = clean_logits > functional.SHUT
 
-        step, counts, mean_square = self._look_ahead(at_head, squares, new, active or self._pusher.needs_lookahead)
+        step, counts, mean_square = self._look_ahead(
+            at_head, squares, is_open, new, active or self._pusher.needs_lookahead
+        )
         size = sum(counts)
         scores = reward_loss = skipped = None
         if active and step is not None:
@@ -318,7 +321,7 @@ class Reweighting:
                 row = row[offset : offset + len(losses)]
             if batch.shown is not None:
                 row, new = torch.where(batch.shown, row, -1), new & batch.shown
-            pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square)
+            pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square, is_open)
             seen = (squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
             if batch.mix is not None:
                 pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
@@ -366,7 +369,7 @@ class Reweighting:
         return step.scores_along(gradient), loss, skipped
 
     def _look_ahead(
-        self, batch: Batch, squares: Tensor | None, new: Tensor, needed: bool
+        self, batch: Batch, squares: Tensor | None, is_open: Tensor | None, new: Tensor, needed: bool
     ) -> tuple[MetaStep | None, list[int], Tensor | None]:
         """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
 
@@ -375,9 +378,9 @@ class Reweighting:
         head, lr, here, world = self.head, self.config.lookahead_lr, len(batch.residual), distributed.world_size()
         dtype = batch.residual.dtype
         total: dict[str, Tensor] = {}
-        if squares is not None:
+        if squares is not None and is_open is not None:
             known = new.to(dtype)
-            total = {"/square": known @ squares, "/new": known.sum()}
+            total = {"/square": known @ squares, "/new": known @ is_open.mean(1, dtype=dtype)}
         params = head.params(dtype) if needed else {}
         # Inner products of features are the cheaper form where there are more classes than about half as many reward
         # samples; the choice must be the same in all processes, so it does not depend on b.

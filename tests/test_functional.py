@@ -253,12 +253,13 @@ def test_the_largest_of_very_many_classes():
 @STORAGES
 def test_pseudo_labels_keep_grow_clamp_and_round_trip(storage):
     store = PseudoLabels(3, 2, 0.0, 1.0, storage)
-    logits = torch.tensor([[1.0, 2.0], [1e9, -1e9]])
+    logits = torch.tensor([[1.0, 2.0], [1e9, -1e9]])  # the last of a class that is shut
     store.update(torch.tensor([-1, 2]), logits, torch.zeros(2, 2), torch.tensor(0.0))
     held, _ = store.stored(torch.arange(3), torch.float32)
     assert held[:2].eq(0).all()
     assert held.isfinite().all()
-    assert_close(held[2], torch.tensor([65504.0, -65504.0]), 65504 if storage == "int8" else 1e-3)
+    assert held[2, 0] == 65504 or storage == "int8"
+    assert held[2, 1] == 0
 
     state = store.state_dict()
     assert len(state["logits"]) == 3

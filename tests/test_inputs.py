@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import BertConfig, BertForSequenceClassification
 
 from fsr_wrap import FSRWrapper
+from fsr_wrap.relabel import PseudoLabels
 
 N, B, Q, T, C, WORDS = 48, 12, 10, 6, 4, 20
 RANDOM = torch.Generator().manual_seed(5)
@@ -415,3 +416,58 @@ def test_logits_of_tokens_from_a_whole_model_are_not_its_logits() -> None:
     fsr = wrap(model, "all")
     with pytest.raises(ValueError, match=r"puts out \(12, 6, 4\), but the logits are \(12, 4\)"):
         fsr.loss(model(WORD[:B])[:, -1], Y[:B], torch.arange(B))
+
+
+# --- classes that a mask shuts ---------------------------------------------------------------------------------------
+
+
+class Shut(nn.Module):
+    """Four classes, and more that a mask shuts."""
+
+    def __init__(self, more: int, value: float) -> None:
+        super().__init__()
+        self.body, self.fc, self.value = nn.Linear(3, 6), nn.Linear(6, C + more), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.fc(self.body(x).tanh())
+        return logits.masked_fill(torch.arange(logits.shape[1]) >= C, self.value)
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8", 2])
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
+def test_shut_classes_change_nothing(value: float, storage: Any) -> None:
+    """Training is that of a model without them, pseudo-labels and all."""
+    runs, weight = [], torch.randn(C, 6, dtype=torch.float64)
+    for more in (0, 2):
+        torch.manual_seed(1)
+        model = Shut(more, value).double()
+        model.fc = nn.Linear(6, C + more).double()
+        with torch.no_grad():
+            model.fc.weight[:C], model.fc.bias[:C] = weight, 0.0
+            model.fc.bias[C:] = -50.0  # the look-ahead knows the head, not the mask behind it
+        options = {"dictionary_size": 3 * (C + more), "relabel_weight": 1.0, "relabel_storage": storage}
+        fsr = wrap(model, "fc", **options)
+        losses = []
+        for k in range(3):
+            for index in torch.arange(N).roll(k).split(B):
+                loss = fsr.loss(model(SIDE[index]), Y[index], index)
+                loss.backward()
+                fsr.step()
+                fsr.zero_grad()
+                losses.append(loss.item())
+        runs.append([model.body.weight, model.fc.weight[:C], torch.tensor(losses)])
+    assert_close(runs[1], runs[0], 1e-3)
+
+
+def test_a_class_that_opens_later_has_a_pseudo_label_again() -> None:
+    store = PseudoLabels(2, 3, 0.1, 1.0)
+    index, low = torch.arange(2), torch.tensor([[2.0, 1.0, -1e9], [1.0, 2.0, -1e9]])
+    for logits in (low, low, torch.tensor([[2.0, 1.0, 3.0], [-1e9, -1e9, -1e9]]), torch.tensor([[2.0, 1.0, 3.0]] * 2)):
+        stored, squares = store.stored(index, torch.float32)
+        pseudo = store.update(index, logits, stored, squares.mean())
+        assert pseudo.isfinite().all()
+    assert pseudo[0].argmax() == 2
+    stored, _ = store.stored(index, torch.float32)
+    pseudo = store.update(index, low, stored, stored.square().mean())
+    assert pseudo[:, 2].eq(0).all()
+    assert_close(pseudo.sum(1), torch.ones(2))
