@@ -7,7 +7,7 @@ library's numbers it takes the draws of reward samples, and what it rounds when 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,8 +99,10 @@ class Oracle:
         self.samples: dict[int, Sample] = {}
         self.members: dict[int, Entry] = {}
         self.candidates: dict[int, Entry] = {}
-        self.drawn: Counter[int] = Counter()  # how often, by class and by sample, since the dictionary is what it is
-        self.drawn_samples: Counter[int] = Counter()
+        self.drawn: Counter[int] = Counter()  # how often, by class, since the dictionary is what it is
+        self.luck: dict[int, float] = defaultdict(
+            float
+        )  # log-probability that a place in a class was not drawn for so long
         self.known: tuple[Params, float] = ({}, 0.0)  # G and the reward loss, where they serve several steps
         self.steps: list[dict[str, float]] = []
 
@@ -224,7 +226,9 @@ class Oracle:
         assert len(drawn) == self.c.reward_batch_size
         entries = [self.members[i] for i in drawn]  # a KeyError: not of the dictionary
         self.drawn.update(entry.label for entry in entries)
-        self.drawn_samples.update(drawn)
+        for i in drawn:
+            self.gamble(i)
+        assert min(self.luck.values()) > math.log(1e-9), "each sample of a class has its chance"
         turns = [self.drawn[label] for label in {entry.label for entry in self.members.values()}]
         assert max(turns) - min(turns) <= 1, "classes take turns"
         h = torch.stack([entry.payload for entry in entries])
@@ -232,6 +236,13 @@ class Oracle:
             h = body(p, h)
         target = self.smooth(self.rows(torch.tensor([entry.label for entry in entries])))
         return cross_entropy(self.forward({**p, **ahead}, h), target).mean()
+
+    def gamble(self, drawn: int) -> None:
+        """One of a class was drawn; its places count from both ends."""
+        alike = [i for i, entry in self.members.items() if entry.label == self.members[drawn].label]
+        for rank, i in enumerate(alike):
+            for place in (rank, rank - len(alike)):
+                self.luck[place] = 0 if i == drawn else self.luck[place] + math.log(1 - 1 / len(alike))
 
     def weigh(self, scores: dict[int, float] | None, rows: list[int], b: int) -> tuple[Tensor, float]:
         """ω, (b,)."""
@@ -322,10 +333,6 @@ class Oracle:
         """The best of each class become the dictionary (Eq. 4)."""
         if not self.consumed:
             return
-        for i, entry in self.members.items():
-            alike = sum(other.label == entry.label for other in self.members.values())
-            if alike * (1 - 1 / alike) ** self.drawn[entry.label] < 1e-9:
-                assert self.drawn_samples[i], "each sample of a class has its chance"
         unvisited = {i: entry for i, entry in self.members.items() if self.samples[i].epoch == self.epoch - 1}
         pool = {**unvisited, **self.candidates}
         self.members, self.candidates = {}, {}
@@ -333,7 +340,6 @@ class Oracle:
             order = sorted((i for i in pool if pool[i].label == label), key=lambda i: (-self.samples[i].score, i))
             self.members.update({i: replace(pool[i], score=self.samples[i].score) for i in order[: self.quota]})
         self.drawn.clear()
-        self.drawn_samples.clear()
         self.epoch += 1
         self.consumed = 0
 
