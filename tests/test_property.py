@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -89,7 +89,8 @@ class Setup:
 
 
 @st.composite
-def setups(draw: st.DrawFn) -> Setup:
+def setups(draw: st.DrawFn, case: int) -> Setup:
+    """Hypothesis chooses some values seldom; with `case` each of those that matter most has its turn."""
     one = st.sampled_from
     kind, norm = draw(one(["linear", "linear", "no bias", "conv", "mlp"])), draw(st.booleans())
     part = draw(one(["head", "head", "auto", ["body", "head"], "all"])) if kind != "mlp" else draw(one(["head", "all"]))
@@ -114,13 +115,13 @@ def setups(draw: st.DrawFn) -> Setup:
             "weight_lr": draw(one([1.0, 1.0, 7.0])),
             "warmup_epochs": draw(one([0, 0, 1, 2])),
             "weight_rule": draw(one(["clip", "clip", "shift", "shift", "uniform"])),
-            "pusher": draw(one(PUSHERS)),
-            "reward": draw(one(["cached", "fresh"])),
-            "reward_every": draw(one([1, 1, 3])),
+            "pusher": PUSHERS[case],
+            "reward": ["cached", "fresh"][case // 2 % 2],
+            "reward_every": [1, 3][case % 2],
             "relabel_weight": draw(one([2.0, 1.0, 0.0])),
             "relabel_momentum": draw(one([0.1, 0.6])),
             "relabel_temperature": draw(one([1.0, 0.5])),
-            "relabel_storage": draw(one(["float16", "int8", 2])),
+            "relabel_storage": ["float16", "int8", 2][case % 3],
             "label_smoothing": draw(one([0.0, 0.1])),
             "max_weight": draw(one([None, None, 1.5])),
             "nonfinite": draw(one(["raise", "skip"])),
@@ -129,6 +130,7 @@ def setups(draw: st.DrawFn) -> Setup:
     )
 
 
+WAYS = ["state_dict", "file", "save", "deepcopy", "pickle"]
 PUSHERS = ["meta_margin", "authors_margin", "negative_loss", "area_under_margin", "max_margin", "forgetting_event"]
 
 
@@ -218,9 +220,11 @@ sizes = st.integers(1, 9)
 class Training(RuleBasedStateMachine):
     """A run, the library's and the twin's."""
 
-    @initialize(setup=setups())
-    def begin(self, setup: Setup) -> None:
-        self.setup = setup
+    case = 0
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.setup = setup = data.draw(setups(self.case))
         self.model, self.fsr = setup.build()
         self.config = self.fsr.config
         self.tol = 1e-9 if setup.double else 2e-4
@@ -372,11 +376,13 @@ class Training(RuleBasedStateMachine):
     def train(self, seed: int, size: int, number: int) -> None:
         for i in range(number):
             self.step(seed + i, size)
+        self.go_on_elsewhere(how=WAYS[seed % len(WAYS)], seed=seed, size=size)
 
     @rule(seed=seeds, size=sizes, number=st.integers(1, 6))
     def train_with_other_sizes(self, seed: int, size: int, number: int) -> None:
         for i in range(number):
             self.step(seed + i, 1 + (size + 5 * i) % 9)
+        self.mixup(seed=seed, size=max(2, size), used=True)
 
     @rule(seed=seeds, size=sizes, own=st.booleans())
     def soft_targets(self, seed: int, size: int, own: bool) -> None:
@@ -419,11 +425,11 @@ class Training(RuleBasedStateMachine):
             partner.append(j)
             share.append(shares[j])
             assert errors[j] < 1e-5
-            assert 0.5 - 1e-5 <= share[i] <= 1 + 1e-5
+            assert 0.5 - 1e-3 <= share[i] <= 1 + 1e-3
             row = torch.zeros(self.setup.classes, dtype=torch.float64)
             row[y[i]] += share[i]
             row[y[j]] += 1 - share[i]
-            assert_close(target[i], row, 1e-5)
+            assert_close(target[i], row, 1e-5 if self.setup.double else 1e-3)
         assert sorted(partner) == list(range(len(x)))
         return partner, share
 
@@ -547,7 +553,7 @@ class Training(RuleBasedStateMachine):
         gradients = [parameter.grad for parameter in self.model.parameters()]
         return frozen([dict(self.model.state_dict()), self.fsr.state_dict(), gradients])
 
-    @rule(how=st.sampled_from(["state_dict", "file", "save", "deepcopy", "pickle"]), seed=seeds, size=sizes)
+    @rule(how=st.sampled_from(WAYS), seed=seeds, size=sizes)
     def go_on_elsewhere(self, how: str, seed: int, size: int) -> None:
         """A run that is stopped and goes on elsewhere stays equal, bit by bit, to the one that was not stopped."""
         self.zero_grad()
@@ -682,15 +688,16 @@ class Training(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # FSR rightly has its doubts about such runs
-def test_the_library_and_its_plain_twin_agree_on_whatever_is_called() -> None:
+@pytest.mark.parametrize("case", range(len(PUSHERS)))
+def test_the_library_and_its_plain_twin_agree_on_whatever_is_called(case: int) -> None:
     DONE.clear()
+    machine = type("Training", (Training,), {"case": case})
     run_state_machine_as_test(
-        Training,
+        machine if EXAMPLES else seed(case)(machine),
         settings=settings(
-            max_examples=EXAMPLES or 150,
+            max_examples=EXAMPLES or 16,
             stateful_step_count=30,
             deadline=None,
-            derandomize=not EXAMPLES,
             database=None,
             print_blob=True,
             report_multiple_bugs=False,
@@ -698,7 +705,7 @@ def test_the_library_and_its_plain_twin_agree_on_whatever_is_called() -> None:
         ),
     )
     print(dict(DONE))
-    assert DONE["steps"] > 2000
+    assert DONE["steps"] > 200
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
