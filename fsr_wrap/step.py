@@ -97,6 +97,12 @@ class Reweighting:
         """How many samples the last forward had, 0 if its `loss` was called."""
         return self._tap.waiting
 
+    def take_over(self, memory: Memory) -> None:
+        """Goes on with another memory; while it knows no number of classes, the head tells wrong logits."""
+        self.memory = memory
+        if not memory.ready:
+            self._checked, self._looks = False, 0
+
     def loss(self, logits: Tensor, target: Tensor, index: Tensor, label: Tensor | None) -> tuple[Tensor, int]:
         """The loss to back-propagate, and b over all processes, 0 if it does not count; see `FSRWrapper.loss`."""
         batch = self._accept(logits, target, index, label)

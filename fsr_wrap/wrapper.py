@@ -351,7 +351,8 @@ class FSRWrapper(Optimizer):
 
     def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
         self.optimizer.load_state_dict(self._sharded(state_dict))
-        self._reweighting.memory, self._alike = memory, False
+        self._reweighting.take_over(memory)
+        self._alike = False
 
     def _sharded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The inner optimizer's state dict, with whole tensors sharded where FSDP2 shards their parameters."""
