@@ -120,7 +120,8 @@ def _check_entries(state: State, name: str, slots: int, samples: int, classes: i
     score = _tensor(state, "score", torch.float32, (slots,))
     _need(_within(index, -1, samples), f"{name}/index", "a sample that is not there")
     there = index >= 0
-    _need(_within(label[there], 0, classes), f"{name}/label", "a class that is not there")
+    nobodys = name == "buffer"  # the class C: of samples that are no candidates, see `Reweighting`
+    _need(_within(label[there], 0, classes + nobodys), f"{name}/label", "a class that is not there")
     _need(_within(row[there], 0, rows), f"{name}/row", "a row that is not there")
     _need(bool(score[there].isfinite().all()), f"{name}/score", "NaN or infinity")
     return row[there]
