@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import assert_close, slow_meta_step
+from processes import run
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -99,6 +101,37 @@ def test_parts_with_two_names_train_like_parts_with_one(head: Any, options: dict
         assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
         runs.append([*params, *model.buffers()])
     assert_close(runs[0], runs[1], 0.0)
+
+
+def in_two_processes(build: type[nn.Module], head: Any) -> tuple[list[Tensor], list[bool]]:
+    """Trains under DDP; parameters and statistics, whether the latter stayed in each `loss()`, and the former moved."""
+    torch.manual_seed(0)
+    core = build()
+    start = [parameter.detach().clone() for parameter in core.parameters()]
+    model = nn.parallel.DistributedDataParallel(core)
+    recipe = {"num_samples": N, "dictionary_size": 16, "reward_batch_size": 10, "warmup_epochs": 1, "reward": "fresh"}
+    fsr = FSRWrapper(model, torch.optim.SGD(core.parameters(), lr=0.05), head, **recipe)
+    stayed = []
+    for index in batches():
+        index = index[dist.get_rank() :: 2]
+        logits = model(X[index])
+        before = [buffer.clone() for buffer in core.buffers()]
+        fsr.loss(logits, Y[index], index).backward()
+        stayed.append(all(map(torch.equal, before, core.buffers())))
+        fsr.step()
+        fsr.zero_grad()
+    assert fsr.is_reweighting
+    pairs = zip(start, core.parameters(), strict=True)
+    moved = [not torch.equal(old, new) for old, new in pairs if old.ndim > 1]  # biases before BatchNorm need not
+    return [tensor.detach().clone() for tensor in (*core.parameters(), *core.buffers())], [*stayed, *moved]
+
+
+@pytest.mark.parametrize("head", ["all", ["norm", "fc.0"]])
+def test_parts_with_two_names_under_ddp(head: Any) -> None:
+    runs = [run(2, in_two_processes, build, head) for build in (Alias, One)]
+    for (alias, good), (one, _) in zip(*runs, strict=True):
+        assert all(good)
+        assert_close(alias, one, 0.0)
 
 
 def test_a_head_with_two_names_trains_like_one_with_one() -> None:
