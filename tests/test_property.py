@@ -286,7 +286,9 @@ class Training(RuleBasedStateMachine):
         params = {name: value for name, value in self.model.named_parameters() if name != "extra"}
         expected = self.oracle.loss(params, batch, self.draw)
         extra = {} if label is None else {"label": label}
+        world = self.world()
         loss = self.fsr.loss(logits, target, index, **extra)
+        assert self.world() == world
         self.waiting = 0
         DONE["steps"] += 1
         DONE["re-weighted"] += self.oracle.steps[-1]["reward_loss"] > 0
@@ -298,6 +300,11 @@ class Training(RuleBasedStateMachine):
                     self.sums[name] = self.sums.get(name, 0) + value
             loss.backward()
             self.compare_gradients(self.tol * expected.condition)
+
+    def world(self) -> Any:
+        """What `loss` leaves alone, bit by bit."""
+        values = [dict(self.model.state_dict()), [p.grad for p in self.model.parameters()], torch.get_rng_state()]
+        return frozen(values), [module.training for module in self.model.modules()]
 
     def compare(self, batch: Batch, expected: Result, loss: Tensor) -> None:
         tol = self.tol * expected.condition
