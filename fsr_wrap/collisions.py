@@ -14,8 +14,13 @@ _SEVERAL = 64  # batches compared at once
 _SHARE = 1000  # one label in as many may differ: those that were corrected since
 
 
+def label_dtype(num_classes: int) -> torch.dtype:
+    """Of stored labels and -1."""
+    return torch.int16 if num_classes <= 2**15 else torch.int32
+
+
 class GivenLabels:
-    """The given label of each index, 2 bytes a sample, and how often another one came.
+    """The given label of each index, 2 bytes a sample (4 from 2¹⁵ classes on), and how often another one came.
 
     Samples that come again are no evidence: a sampler may draw with replacement, repeat augmentations or fill the last
     batch. That one index comes with two labels is. They are compared some batches at a time, and nothing waits for the
@@ -25,7 +30,8 @@ class GivenLabels:
     """
 
     def __init__(self, num_samples: int, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self.label = torch.full((num_samples + 1,), _UNSEEN, dtype=torch.int16, device=device)  # and a spare row
+        dtype = label_dtype(num_classes)
+        self.label = torch.full((num_samples + 1,), _UNSEEN, dtype=dtype, device=device)  # and a spare row
         self._classes = num_classes
         self._visits = 0  # since the epoch began
         self._other = torch.zeros((), dtype=torch.int64, device=device)  # of them with another label than before
@@ -45,7 +51,7 @@ class GivenLabels:
             return
         index, label = torch.cat(self._waiting, dim=1)
         index = torch.where(label < self._classes, index, -1)
-        label = (label % 2**15 if self._classes > 2**15 else label).to(torch.int16)
+        label = label.to(self.label.dtype)
         before = self.label[index]
         self.label[index] = label
         other = ((label != before) & (before != _UNSEEN)) | (label != self.label[index])
@@ -70,6 +76,11 @@ class GivenLabels:
                 "shuffled. (Where you corrected labels, all is well.)",
                 stacklevel=5,
             )
+
+    def known(self) -> Tensor:
+        """The label of each sample, -1 where none came, (N,)."""
+        self._compare()
+        return self.label[:-1]
 
     def grow(self, num_samples: int) -> None:
         """Make room for at least `num_samples`."""

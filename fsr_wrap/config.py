@@ -16,7 +16,7 @@ PusherName = Literal[
     "meta_margin", "authors_margin", "negative_loss", "area_under_margin", "max_margin", "forgetting_event"
 ]
 PresetName = Literal["cifar_noise", "webvision", "cifar_long_tailed", "inat2018", "cifar_long_tailed_noise"]
-WeightRule = Literal["clip", "shift", "uniform"]
+WeightRule = Literal["select", "clip", "shift", "uniform"]
 Storage = Literal["float16", "int8"]
 
 
@@ -37,97 +37,104 @@ def _is_number(value: object) -> bool:
 class FSRConfig:
     """The hyper-parameters of FSR, frozen and checked.
 
-    The default is the recipe that did best in this project's benchmarks on wrong labels (area-under-margin pusher,
-    momentum re-labelling, cached reward features, no MixUp). [`FSRConfig.preset`][fsr_wrap.FSRConfig.preset] gives the
-    rows of the paper's Table 4.
+    The default asks for nothing but the training set, and is what did best in this project's benchmarks.
+    [`FSRConfig.preset`][fsr_wrap.FSRConfig.preset] gives the rows of the paper's Table 4.
 
-    **Arguments:**
+    **What to look at first:**
 
+    - `weight_rule`: how samples are weighed. `"select"`, the default: training is plain until the network begins to
+        learn labels by heart, and then the labels that are likely wrong count no more (see the docs). The paper's rules
+        need the reward data: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) +
+        1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
+    - `class_balance`: τ, the loss is that of the logits + τ log(share of the class) (Menon et al., ICLR 2021; 1 is the
+        balanced softmax). At 1 it trains for a test set in which every class counts the same; where yours has the
+        training set's shares, pass 0. Without effect where classes are of one size.
+    - `warmup_epochs`: E, epochs of plain training at least. Under the paper's rules re-weighting begins after them
+        (Algorithm 1); the first epoch is always plain, as there is no dictionary yet, and the deferred schedule of
+        Section 5.2 is E = 160 of 200. Under `"select"` the training itself tells when.
+    - `relabel_weight`: under `"select"`, λ of the regulariser that pulls predictions to their average so far (ELR; Liu
+        et al., NeurIPS 2020). Under the paper's rules p, the multiplier of the re-labelling loss; 0 turns re-labelling
+        and its N×C state off.
+
+    **Memory:**
+
+    - `relabel_storage`: how p̄ or ŷ is kept. `"float16"`: all C values, 2·C bytes a sample; `"int8"`: half of that; an
+        integer K: the K largest values and the mean of the others, 4·K + 6 bytes a sample, for many classes.
     - `dictionary_size`: |R|, the number of training samples that stand in for clean reward data (Eq. 4). Each class
         gets `max(1, |R| // C)` of them.
-    - `reward_batch_size`: q, the number of reward samples drawn a step, in all processes together.
+
+    **The paper's re-weighting:**
+
+    - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`; the higher, the likelier
+        is the label right.
     - `score_momentum`: λ in [0, 1), P̂ ← λP̂ + (1−λ)P (Section 4.1).
+    - `relabel_momentum`: β in [0, 1), the weight of the **old** value: in Eq. 7, and in p̄. The paper's is 0.1.
+    - `reward_batch_size`: q, the number of reward samples drawn a step, in all processes together.
     - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1). 0 takes none, which is L2R's meta-gradient at
         ω₀ = 0; scores are then in units of η.
-    - `weight_lr`: α, the step size of the weight update (Eq. 3). Under `weight_rule="clip"` it cancels in the
-        normalisation.
-    - `warmup_epochs`: E, epochs of plain training before re-weighting begins (Algorithm 1). The first epoch is always
-        plain: there is no dictionary yet. The deferred schedule of Section 5.2 is E = 160 of 200. Lower it for short
-        runs: of 5 epochs or fewer, none would be re-weighted at the default.
-    - `weight_rule`: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) + 1/b, for
-        long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
-    - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`.
     - `reward`: `"cached"` takes the head's input feature as it passed by in training, `"fresh"` runs a no-grad
         forward of the stored inputs at every step. Same maths, see the docs for the costs.
     - `reward_every`: k, G is taken afresh every k steps, and used again in between: with a deep Θ^meta a step then
         costs little more than its forward-mode pass. 1 is the paper's.
-    - `relabel_weight`: p, the multiplier of the re-labelling loss; 0 turns re-labelling and its N×C state off.
-    - `relabel_momentum`: β in [0, 1), the weight of the **old** value in Eq. 7.
-    - `relabel_temperature`: T > 0, the pseudo-label is softmax(ŷ / T).
-    - `relabel_storage`: how ŷ is kept. `"float16"`: all C values, 2·C bytes a sample; `"int8"`: half of that; an
-        integer K: the K largest values and the mean of the others, 4·K + 6 bytes a sample, for many classes.
+
+    **Rarely:**
+
     - `label_smoothing`: in [0, 1), for the weighted loss, the look-ahead and the reward loss alike.
     - `mixup_beta`: m = U^(1/β)/2 in [`FSRWrapper.mixup`][fsr_wrap.FSRWrapper.mixup]; 0.5 as in the released code.
-    - `max_weight`: None, or the largest weight of a sample as a multiple of the uniform weight 1/b. A remedy when
-        training diverges because few samples carry all the weight (`fsr/effective_sample_size` near 1).
     - `nonfinite`: `"raise"` stops at NaN or infinite logits or features with everything as it was, `"skip"` leaves
         such samples out of the loss, the scores and the dictionary, and counts them. A NaN that entered before the head
         still reaches the gradients in the backward pass: skip such steps as you would without FSR.
-    - `compile`: whether a linear head's arithmetic is compiled (`torch.compile`): about 20 operations become a few. Has
-        an effect in one process, at `reward_every=1`.
     - `seed`: of the wrapper's own random numbers; the global RNG streams are never touched.
 
     **Raises:** `ValueError` naming the field and the range that is allowed.
     """
 
+    weight_rule: WeightRule = "select"
+    class_balance: float = 1.0
+    warmup_epochs: int = 3
+    relabel_weight: float = 3.0
+    relabel_storage: Storage | int = "float16"
     dictionary_size: int = 2000
-    reward_batch_size: int = 200
-    score_momentum: float = 0.9
-    lookahead_lr: float = 0.1
-    weight_lr: float = 1.0
-    warmup_epochs: int = 5
-    weight_rule: WeightRule = "clip"
     pusher: PusherName | Pusher = "area_under_margin"
+    score_momentum: float = 0.9
+    relabel_momentum: float = 0.8
+    reward_batch_size: int = 200
+    lookahead_lr: float = 0.1
     reward: Literal["cached", "fresh"] = "cached"
     reward_every: int = 1
-    relabel_weight: float = 2.0
-    relabel_momentum: float = 0.1
-    relabel_temperature: float = 1.0
-    relabel_storage: Storage | int = "float16"
     label_smoothing: float = 0.0
     mixup_beta: float = 0.5
-    max_weight: float | None = None
     nonfinite: Literal["raise", "skip"] = "raise"
-    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         at_least_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 1, "an integer >= 1")
         natural: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         below_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+        at_least_zero: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v >= 0, "a number >= 0")
         positive: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v > 0, "a number > 0")
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "dictionary_size": at_least_one,
             "reward_batch_size": at_least_one,
             "score_momentum": below_one,
-            "lookahead_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
-            "weight_lr": positive,
+            "class_balance": at_least_zero,
+            "lookahead_lr": at_least_zero,
             "warmup_epochs": natural,
-            "weight_rule": (lambda v: v in ("clip", "shift", "uniform"), '"clip", "shift" or "uniform"'),
+            "weight_rule": (
+                lambda v: v in ("select", "clip", "shift", "uniform"),
+                '"select", "clip", "shift" or "uniform"',
+            ),
             "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
             "reward_every": at_least_one,
-            "relabel_weight": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+            "relabel_weight": at_least_zero,
             "relabel_momentum": below_one,
-            "relabel_temperature": positive,
             "relabel_storage": (
                 lambda v: v in ("float16", "int8") or (_is_int(v) and v >= 1),
                 '"float16", "int8" or an integer >= 1',
             ),
             "label_smoothing": below_one,
             "mixup_beta": positive,
-            "max_weight": (lambda v: v is None or (_is_number(v) and v >= 1), "None or a number >= 1"),
             "nonfinite": (lambda v: v in ("raise", "skip"), '"raise" or "skip"'),
-            "compile": (lambda v: isinstance(v, bool), "True or False"),
             "seed": natural,
         }
         for name, (ok, allowed) in rules.items():
@@ -160,6 +167,11 @@ class FSRConfig:
         return get_pusher(self.pusher)
 
     @property
+    def selects(self) -> bool:
+        """Whether given labels are judged, with no reward data."""
+        return self.weight_rule == "select"
+
+    @property
     def pusher_name(self) -> str:
         """The pusher as a string."""
         return self.pusher if isinstance(self.pusher, str) else type(self.pusher).__name__
@@ -168,25 +180,22 @@ class FSRConfig:
 class Overrides(TypedDict, total=False):
     """The fields of `FSRConfig` once more, for type checkers: what may be set otherwise by keyword."""
 
-    dictionary_size: int
-    reward_batch_size: int
-    score_momentum: float
-    lookahead_lr: float
-    weight_lr: float
-    warmup_epochs: int
     weight_rule: WeightRule
+    class_balance: float
+    warmup_epochs: int
+    relabel_weight: float
+    relabel_storage: Storage | int
+    dictionary_size: int
     pusher: PusherName | Pusher
+    score_momentum: float
+    relabel_momentum: float
+    reward_batch_size: int
+    lookahead_lr: float
     reward: Literal["cached", "fresh"]
     reward_every: int
-    relabel_weight: float
-    relabel_momentum: float
-    relabel_temperature: float
-    relabel_storage: Storage | int
     label_smoothing: float
     mixup_beta: float
-    max_weight: float | None
     nonfinite: Literal["raise", "skip"]
-    compile: bool
     seed: int
 
 
@@ -199,12 +208,19 @@ def check_names(overrides: Overrides) -> dict[str, Any]:
     return dict(overrides)
 
 
-_LONG_TAIL: dict[str, Any] = {"weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}
+_NOISE: dict[str, Any] = {
+    "weight_rule": "clip",
+    "class_balance": 0.0,
+    "warmup_epochs": 5,
+    "relabel_weight": 2.0,
+    "relabel_momentum": 0.1,
+}
+_LONG_TAIL = {**_NOISE, "weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar_noise": {"dictionary_size": 2000, "reward_batch_size": 200},
-    "webvision": {"dictionary_size": 5000, "reward_batch_size": 200, "relabel_weight": 1.0},
-    "cifar_long_tailed": {"dictionary_size": 3000, "reward_batch_size": 800, **_LONG_TAIL},
-    "inat2018": {"dictionary_size": 2000, "reward_batch_size": 350, **_LONG_TAIL},
-    "cifar_long_tailed_noise": {"dictionary_size": 3000, "reward_batch_size": 200},
+    "cifar_noise": {**_NOISE, "dictionary_size": 2000, "reward_batch_size": 200},
+    "webvision": {**_NOISE, "dictionary_size": 5000, "reward_batch_size": 200, "relabel_weight": 1.0},
+    "cifar_long_tailed": {**_LONG_TAIL, "dictionary_size": 3000, "reward_batch_size": 800},
+    "inat2018": {**_LONG_TAIL, "dictionary_size": 2000, "reward_batch_size": 350},
+    "cifar_long_tailed_noise": {**_NOISE, "dictionary_size": 3000, "reward_batch_size": 200},
 }

@@ -245,35 +245,6 @@ def linear_meta_gradient_along(features: Tensor, residual: Tensor, gradient: Par
     return lr * (F.linear(features, gradient["weight"], gradient.get("bias")) * residual).sum(1)
 
 
-def linear_scores(
-    params: Params,
-    features: Tensor,
-    residual: Tensor,
-    reward_features: Tensor,
-    reward_target: Tensor,
-    *,
-    lr: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Look-ahead, reward gradient and η ⟨G, ∇_φ ℓ_i⟩ of a linear head at one go, which `torch.compile` fuses.
-
-    **Arguments:**
-
-    - `params`, φ; `features`, h (b, d); `residual`, E (b, C) at φ.
-    - `reward_features`, H_R (q, d); `reward_target` (q,) or (q, C).
-    - `lr`, η; 0 takes no look-ahead, and scores are then in units of η.
-
-    **Returns:** the scores (b,) and the reward loss, ().
-    """
-    ahead = params
-    if lr:
-        ahead = look_ahead(params, linear_gradient(params, features, residual), lr=lr, batch_size=len(features))
-    logits = F.linear(reward_features, ahead["weight"], ahead.get("bias"))
-    losses, reward_residual = losses_and_residual(logits, reward_target, label_smoothing)
-    gradient = linear_gradient(params, reward_features, reward_residual / len(losses))
-    return linear_meta_gradient_along(features, residual, gradient, lr=lr or 1.0), losses.mean()
-
-
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +310,22 @@ def relabel(
     scaled = normalized if temperature == 1 else normalized / temperature
     pseudo = torch.where(is_open, scaled, torch.finfo(scaled.dtype).min).softmax(1)
     return pseudo, new
+
+
+def sharpen(probability: Tensor) -> Tensor:
+    """p² / Σp², a pseudo-label from averaged probabilities (temperature ½). (b, C) → (b, C); zeros stay zeros."""
+    square = probability.square()
+    return square / square.sum(1, keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def early_learning(logits: Tensor, average: Tensor) -> Tensor:
+    """log(1 − ⟨p̄, softmax(f(x))⟩), the early-learning regulariser (Liu et al., NeurIPS 2020, Eq. 6).
+
+    **Arguments:** `logits` (b, C); `average`, p̄ (b, C), rows that sum to 1, or to 0 for samples without one.
+
+    **Returns:** (b,).
+    """
+    return torch.log1p(-(average * logits.softmax(1)).sum(1).clamp(max=1 - 1e-4))
 
 
 def mixup_coefficients(uniform: Tensor, beta: float = 0.5) -> Tensor:

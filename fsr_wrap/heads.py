@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -294,31 +293,6 @@ class KernelStep:
         return scores, losses.sum() / size
 
 
-class CompiledStep:
-    """A linear head in one process, its scores by one compiled function.
-
-    **Arguments:** `params`, φ.
-    """
-
-    def __init__(self, head: Head, batch: Batch, lr: float, params: Params):
-        self._head, self._batch, self._lr, self._params = head, batch, lr, params
-
-    def logits(self, features: Tensor, logits: Tensor) -> Tensor:
-        batch = self._batch
-        gradient = fsr.linear_gradient(self._params, batch.features, batch.residual)
-        ahead = fsr.look_ahead(self._params, gradient, lr=self._lr, batch_size=len(batch.residual))
-        return self._head.call(ahead, features)
-
-    def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
-        where = self._batch.features, self._batch.residual, reward.features, reward.target
-        return _compiled_scores()(self._params, *where, lr=self._lr, label_smoothing=reward.label_smoothing)
-
-
-@functools.cache
-def _compiled_scores() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(fsr.linear_scores)
-
-
 class GradientStep:
     """Any head, by its gradients: of a linear one they are products, of others torch.func's.
 
@@ -330,7 +304,7 @@ class GradientStep:
         self._ahead = fsr.look_ahead(params, gradient, lr=lr, batch_size=batch_size) if lr else params
 
     def logits(self, features: Any, logits: Tensor) -> Tensor:
-        return self._head.call(self._ahead, features)
+        return self._head.forward(self._ahead, features)
 
     def scores(self, reward: Reward) -> tuple[Tensor, Tensor]:
         gradient, loss = self.reward_gradient(reward)
@@ -369,6 +343,7 @@ class Head:
         self.is_linear = all(_is_linear(one) for one in self.parts)
         self.has_bias = len(self.parts) == 1 and getattr(module, "bias", None) is not None
         self.meta_gradient = fsr.meta_gradient
+        self.log_prior: Tensor | None = None  # (C,), see `FSRConfig.class_balance`
         self._is_tried = self.is_linear
         if not self.is_linear and any(_is_fully_sharded(part) for part in module.modules()):
             raise TypeError(f"The head {name!r} is no linear layer: do not call fully_shard on it or its parts alone.")
@@ -407,6 +382,11 @@ class Head:
         return captured.flatten(1) if self.is_linear else captured
 
     def call(self, params: Params, features: Any) -> Tensor:
+        """(φ, features) → what the loss is of, (b, C): the logits, plus the classes' log-prior where there is one."""
+        logits = self.forward(params, features)
+        return logits if self.log_prior is None else logits + self.log_prior
+
+    def forward(self, params: Params, features: Any) -> Tensor:
         """(φ, features) → logits (b, C)."""
         if self.is_linear:
             return torch.nn.functional.linear(features, params["weight"], params.get("bias"))
@@ -430,7 +410,7 @@ class Head:
 
     def logits(self, features: Any, dtype: torch.dtype) -> Tensor:
         """The head as it is, in the meta arithmetic's dtype; (n, C)."""
-        return self.call(self.params(dtype), features)
+        return self.forward(self.params(dtype), features)
 
     def gradient(
         self, params: Params, features: Any, target: Tensor, *, label_smoothing: float

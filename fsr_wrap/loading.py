@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collisions import label_dtype
 from .config import FSRConfig
 from .relabel import get_storage
 
@@ -29,8 +30,14 @@ def check_fit(state: State, config: FSRConfig, num_samples: int | None, version:
         )
     if num_samples is not None and state["num_samples"] not in (None, num_samples):
         raise Unfit(f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}.")
+    if config.selects != (state["config"]["weight_rule"] == "select"):
+        saved = state["config"]["weight_rule"]
+        raise Unfit(
+            f"The checkpoint was made with weight_rule={saved!r}, this run has {config.weight_rule!r}, which keeps "
+            f"something else of each sample: pass {saved!r}, and the other settings of that run."
+        )
     must_agree = ["dictionary_size", "reward"]
-    if config.relabel_weight and "pseudo" in state:
+    if (config.selects or config.relabel_weight) and "pseudo" in state:
         must_agree.append("relabel_storage")
     for name in must_agree:
         saved, live = state["config"][name], getattr(config, name)
@@ -61,15 +68,32 @@ def check_state(state: State, *, metrics: int, planned: int) -> None:
     rows, classes = len(state["table"]["score"]), state["dictionary"]["num_classes"]
     _need(rows > state["largest"] and samples in (None, rows), "table", f"{rows} rows")
     _check_table(state, rows)
-    _check_dictionary(state["dictionary"], rows)
+    _check_dictionary(state["dictionary"], rows, bare=state["config"]["weight_rule"] == "select")
     if "given" in state:
-        label = _tensor(state["given"], "label", torch.int16, (rows,))
-        _need(_within(label, -1, min(classes, 2**15)), "given/label", "a class that is not there")
+        label = _tensor(state["given"], "label", label_dtype(classes), (rows,))
+        _need(_within(label, -1, classes), "given/label", "a class that is not there")
     if "pseudo" in state:
         _check_pseudo(state["pseudo"], rows, classes, state["config"]["relabel_storage"])
+    if state["config"]["weight_rule"] == "select":
+        _check_selection(state["selection"], rows, classes)
+    if "log_prior" in state:
+        prior = _tensor(state, "log_prior", torch.float32, (classes,))
+        _need(bool(prior.isfinite().all()), "log_prior", "NaN or infinity")
     if "plan" in state:
         _check_plan(state["plan"], state["dictionary"], planned)
     _check_metrics(state, metrics)
+
+
+def _check_selection(state: State, rows: int, classes: int) -> None:
+    for name in ("active", "estimated"):
+        _need(isinstance(state[name], bool), f"selection/{name}", state[name])
+    _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
+    agreement = state["agreement"]
+    good = len(agreement) <= 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in agreement)
+    _need(good, "selection/agreement", agreement)
+    share = _tensor(state, "share", torch.float32, (classes,))
+    _need(bool(((share >= 0) & (share <= 1)).all()), "selection/share", "no shares")
+    _need(_within(_tensor(state, "code", torch.uint8, (rows,)), 0, 3), "selection/code", "no such code")
 
 
 def _check_table(state: State, rows: int) -> None:
@@ -81,7 +105,8 @@ def _check_table(state: State, rows: int) -> None:
         _need(_within(_tensor(table, "learned", torch.uint8, (rows,)), 0, 3), "table/learned", "no such code")
 
 
-def _check_dictionary(state: State, samples: int) -> None:
+def _check_dictionary(state: State, samples: int, *, bare: bool) -> None:
+    """`bare`: whether it keeps no payloads."""
     classes, size, length = state["num_classes"], state["size"], state["length"]
     for name, least in (("num_classes", 2), ("size", 1), ("length", 1), ("turn", 0)):
         _need(_is_int(state[name]) and state[name] >= least, name, state[name])
@@ -107,7 +132,7 @@ def _check_dictionary(state: State, samples: int) -> None:
     ahead = free[len(state["buffer"]["index"]) :]  # where the next candidates go
     _need(not torch.isin(ahead, torch.cat(used)).any(), "free", "a row that is in use")
     _need(len(state["arena"]) == len(state["channels_last"]), "arena", f"{len(state['arena'])} tensors")
-    _need(bool(state["arena"]) or not len(torch.cat(used)), "arena", "nothing for the entries")
+    _need(bool(state["arena"]) != bare or not len(torch.cat(used)), "arena", "nothing for the entries")
     for arena in state["arena"]:
         _need(isinstance(arena, Tensor) and arena.ndim >= 1 and len(arena) == rows, "arena", "another number of rows")
         if arena.is_floating_point():

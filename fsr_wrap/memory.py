@@ -17,6 +17,7 @@ from .functional import effective_sample_size
 from .loading import Unfit, check_fit, check_state
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
+from .selection import WRONG, Selection
 
 STATE_VERSION = 1
 METRICS = (
@@ -46,6 +47,7 @@ class Memory:
     given: GivenLabels
     dictionary: RewardDictionary
     pseudo: PseudoLabels | None
+    selection: Selection | None
     sums: Tensor
 
     def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
@@ -58,6 +60,7 @@ class Memory:
         self.steps = 0  # since the metrics were read
         self.gradient: dict[str, Tensor] = {}  # G and the reward loss, where they serve for several steps
         self.gradient_age = 0
+        self.log_prior: Tensor | None = None  # τ log π of each class, from the end of the first epoch on
         self.plan: Tensor | None = None  # the next reward batches: slots, rows, labels (3, 16, q)
         self.planned = 0  # those of them that were used
         # Steps whose metrics are not in the sums yet: weights, losses, reward loss, two numbers skipped; and b.
@@ -82,6 +85,8 @@ class Memory:
             self._to(device)
         if self.pseudo is not None:
             self.pseudo.grow(rows)
+        if self.selection is not None:
+            self.selection.grow(rows)
         self.table.grow(rows)
         self.given.grow(rows)
         self.largest = largest
@@ -92,26 +97,31 @@ class Memory:
         self.dictionary.to(device)
         if self.pseudo is not None:
             self.pseudo.to(device)
+        if self.selection is not None:
+            self.selection.to(device)
+        self.log_prior = None if self.log_prior is None else self.log_prior.to(device)
         self.sums = self.counted().to(device)
         self.plan = None if self.plan is None else self.plan.to(device)
         self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
 
     def _make(self, rows: int, num_classes: int, device: torch.device | str) -> None:
-        config, pseudo = self.config, None
-        if config.relabel_weight > 0:
-            how = config.relabel_momentum, config.relabel_temperature, config.relabel_storage
-            pseudo = PseudoLabels(rows, num_classes, *how, device=device)
-        learned = config.get_pusher().needs_learned
+        config, pseudo, selection = self.config, None, None
+        if config.selects:
+            known = self.num_samples is not None
+            selection = Selection(rows, num_classes, known=known, seed=config.seed, device=device)
+        if config.selects or config.relabel_weight > 0:
+            pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_storage, device=device)
+        learned = config.selects or config.get_pusher().needs_learned
         self.table = ScoreTable(rows, config.score_momentum, device, learned=learned)
         self.given = GivenLabels(rows, num_classes, device)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.pseudo, self.ready = pseudo, True
+        self.pseudo, self.selection, self.ready = pseudo, selection, True
 
     def end_epoch(self) -> None:
-        """The best samples of the epoch become the dictionary (Eq. 4)."""
+        """The best samples of the epoch become the dictionary (Eq. 4); given labels are judged, and classes counted."""
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
         # Of the old members, those visited in the last epoch and not in this one compete on.
@@ -122,6 +132,20 @@ class Memory:
         self.plan = None
         self.consolidate()
         self.given.end_epoch()
+        given = self.given.known()
+        if self.selection is not None and self.pseudo is not None:
+            self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, self.table, given, self.pseudo)
+        if self.config.class_balance:
+            self._count_classes(given)
+
+    def _count_classes(self, given: Tensor) -> None:
+        """The prior: how often each class was given, labels that are taken for wrong left out."""
+        counts = given >= 0
+        if self.selection is not None:
+            counts &= self.selection.code[:-1] != WRONG
+        number = torch.bincount(given[counts].long(), minlength=self.dictionary.num_classes)
+        share = number.clamp(min=1).double() / number.double().mean().clamp(min=1e-12)
+        self.log_prior = (self.config.class_balance * share.log()).float()
 
     def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Labels (q,) and payloads of the next reward batch."""
@@ -245,6 +269,10 @@ class Memory:
             state |= {"uncounted": self._uncounted_columns(), "sizes": list(self._sizes)}
             if self.pseudo is not None:
                 state["pseudo"] = self.pseudo.state_dict()
+            if self.selection is not None:
+                state["selection"] = self.selection.state_dict()
+            if self.log_prior is not None:
+                state["log_prior"] = self.log_prior.clone()
             if self.plan is not None:
                 state["plan"] = self.plan.clone()
         return state
@@ -286,4 +314,8 @@ class Memory:
             self.gradient = {name: value.clone() for name, value in state["gradient"].items()}
             if self.pseudo is not None and "pseudo" in state:
                 self.pseudo.load_state_dict(state["pseudo"])
+            if self.selection is not None:
+                self.selection.load_state_dict(state["selection"])
+            if "log_prior" in state and config.class_balance:
+                self.log_prior = state["log_prior"].clone()
         return self

@@ -28,6 +28,10 @@ class Mix:
     share: Tensor
     position: tuple[int, int]
 
+    def of(self, values: Tensor) -> Tensor:
+        """Values of the samples, (b, k), mixed as the inputs were."""
+        return torch.lerp(values[self.partner], values, self.share.to(values.dtype)[:, None])
+
 
 class Mixer:
     """Mixes batches, and knows them again in `loss()`. A batch that is mixed and not used leaves nothing behind."""

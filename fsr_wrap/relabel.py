@@ -1,4 +1,4 @@
-"""The store of momentum pseudo-labels ŷ (Eq. 7)."""
+"""What the network thought of each sample: momentum pseudo-labels ŷ (Eq. 7), or averaged probabilities p̄."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def get_storage(storage: str | int) -> Storage:
 
 
 class PseudoLabels:
-    """ŷ of each sample, zeros where a sample was never seen.
+    """ŷ or p̄ of each sample, zeros where a sample was never seen.
 
-    **Arguments:** `num_samples`, N; `num_classes`, C; `momentum`, β; `temperature`, T; `storage`, as in
+    **Arguments:** `num_samples`, N; `num_classes`, C; `momentum`, β; `storage`, as in
     [`FSRConfig`][fsr_wrap.FSRConfig].
 
     **Raises:** `MemoryError` if it does not fit, saying how to do with less.
@@ -113,11 +113,10 @@ class PseudoLabels:
         num_samples: int,
         num_classes: int,
         momentum: float,
-        temperature: float,
         storage: str | int = "float16",
         device: torch.device | str = "cpu",
     ):
-        self.num_classes, self.momentum, self.temperature = num_classes, momentum, temperature
+        self.num_classes, self.momentum = num_classes, momentum
         self.storage = get_storage(storage)
         self._mine: Tensor | None = None  # rows whose newest value this process alone has; in several processes
         self.columns = self._zeros(num_samples + 1, device)
@@ -132,8 +131,8 @@ class PseudoLabels:
             raise MemoryError(
                 f"Re-labelling keeps {sum(width * dtype.itemsize for width, dtype in columns.values())} bytes of each "
                 f"of {rows - 1} samples, which do not fit on {device}. Pass relabel_storage=10 to keep the 10 largest "
-                f"of {self.num_classes} values, or relabel_weight=0 to train without it. If there are fewer samples, "
-                "their indices do not count them from 0: call with_index(dataset), and pass dataset= or num_samples=."
+                f"of {self.num_classes} values. If there are fewer samples, their "
+                "indices do not count them from 0: call with_index(dataset), and pass dataset= or num_samples=."
             ) from error
 
     def __len__(self) -> int:
@@ -170,15 +169,43 @@ class PseudoLabels:
         **Returns:** the pseudo-labels (b, C) from before the step.
         """
         is_open = logits > SHUT if is_open is None else is_open
-        how = {"momentum": self.momentum, "temperature": self.temperature}
-        target, new = relabel(stored, logits, **how, mean_square=mean_square, is_open=is_open)
-        for name, values in self.storage.encode(new, is_open).items():
-            self.columns[name][row] = values.to(self.columns[name].dtype)
+        target, new = relabel(stored, logits, momentum=self.momentum, mean_square=mean_square, is_open=is_open)
+        self._write(row, new, is_open)
+        return target
+
+    def average(self, row: Tensor, logits: Tensor, stored: Tensor) -> Tensor:
+        """One step of the moving average of a batch's probabilities, p̄ ← βp̄ + (1−β)·softmax(f(x)), from zero on.
+
+        **Arguments:** as in `update`.
+
+        **Returns:** p̄ from before the step, divided by its sum, (b, C); zeros where a sample was never seen.
+        """
+        self._write(row, torch.lerp(logits.softmax(1), stored, self.momentum), logits > SHUT)
+        return stored / stored.sum(1, keepdim=True).clamp(min=1e-6)
+
+    def surest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
+
+        Where a sample was never seen, the first is 0, and it has no part in the mean.
+        """
+        rows, best = max(1, _CHUNK // self.num_classes), []
+        mean = self.columns["logits"].new_zeros(self.num_classes, dtype=torch.float64)
+        for start in range(0, len(self), rows):
+            part = {name: column[start : min(start + rows, len(self))] for name, column in self.columns.items()}
+            values, _ = self.storage.decode(part, self.num_classes, torch.float32)
+            values = values / values.sum(1, keepdim=True).clamp(min=1e-6)
+            mean += values.sum(0)
+            best.append([one.cpu() for one in values.max(1)])
+        confidence, predicted = (torch.cat(column) for column in zip(*best, strict=True))
+        return confidence, predicted, (mean / mean.sum().clamp(min=1)).cpu()
+
+    def _write(self, row: Tensor, values: Tensor, is_open: Tensor) -> None:
+        for name, column in self.storage.encode(values, is_open).items():
+            self.columns[name][row] = column.to(self.columns[name].dtype)
         if world_size() > 1:
             if self._mine is None:
                 self._mine = self._nobodys()
             self._mine[row] = True
-        return target
 
     def consolidate(self) -> None:
         """Brings the newest values of all processes together."""

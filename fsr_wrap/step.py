@@ -18,11 +18,12 @@ from . import distributed, functional
 from .calls import other_streams_kept
 from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets, find_problems, finite_rows
 from .config import FSRConfig
-from .heads import Batch, CompiledStep, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
+from .heads import Batch, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
 from .memory import Memory
 from .mixing import Mix, Mixer, check_mixable, shown
 from .pushers import Pusher, Visit
 from .replay import Replay
+from .selection import WRONG
 from .tap import Capture, Tap, check_rows
 
 
@@ -49,12 +50,29 @@ class _Accepted:
 
 @dataclass
 class _Decision:
-    """How a batch is trained on: weights, pseudo-labels and how much each counts, (b,), (b, C), (b,); b everywhere."""
+    """How a batch is trained on: the weights (b,), the targets with the weights in them (b, C), b everywhere, and the
+    averaged probabilities that predictions are pulled to, (b, C), if they are."""
 
     weights: Tensor
-    pseudo: Tensor | None
-    share: Tensor | None
+    target: Tensor
     size: int
+    average: Tensor | None = None
+
+
+@dataclass
+class _Seen:
+    """What is known of a batch before anything is asked: the batch at the head, its losses (b,), the logits of the
+    clean inputs (b, C), indices with −1 for what must leave no trace, and whether each comes first in this epoch. Where
+    they are kept: ŷ or p̄ (b, C), its mean squares (b,), and which classes no mask shuts (b, C)."""
+
+    at_head: Batch
+    losses: Tensor
+    logits: Tensor
+    index: Tensor
+    new: Tensor
+    stored: Tensor | None = None
+    squares: Tensor | None = None
+    is_open: Tensor | None = None
 
 
 class Reweighting:
@@ -78,7 +96,8 @@ class Reweighting:
 
     def _listen(self) -> None:
         self._tap = Tap(self.core, *self.head.parts)
-        self._replay = Replay(self.core, self.head, self._tap, self.config.reward == "cached")
+        cached = self.config.reward == "cached" or self.config.selects
+        self._replay = Replay(self.core, self.head, self._tap, cached)
         weakref.finalize(self, self._tap.remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,8 +107,11 @@ class Reweighting:
 
     @property
     def is_active(self) -> bool:
-        """Whether the next batch is re-weighted: the warm-up is over and there is reward data."""
+        """Whether the next batch is re-weighted: labels are taken for wrong, or the warm-up is over and there is
+        reward data."""
         memory = self.memory
+        if self.config.selects:
+            return memory.ready and memory.selection is not None and memory.selection.active
         return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
 
     @property
@@ -160,7 +182,7 @@ class Reweighting:
         self._replay.check(found)
         mix, capture = self._mixer.find(found, target), self._replay.complete(found, logits)
         clean = self._clean(capture, mix)
-        if self.memory.ready:
+        if self.memory.ready and not self.config.selects:
             self.memory.dictionary.check_payload(self._replay.payload(clean), self._replay.advice)
         label = _label(target, given, mix)
         rows = self.memory.num_samples or INDEX_LIMIT
@@ -247,98 +269,134 @@ class Reweighting:
 
     def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
-        dtype, config = meta_dtype(batch.logits), self.config
-        smoothing = config.label_smoothing if batch.valid is None else 0.0  # masked targets are smooth already
-        logits = batch.logits.to(dtype)
-        target = batch.target if batch.target.ndim == 1 else batch.target.to(dtype)
+        logits = batch.logits.to(meta_dtype(batch.logits))
+        prior = self.head.log_prior = self.memory.log_prior
+        adjusted = logits if prior is None else logits + prior
         decision = self._replayed.popleft() if self._replayed else None
         size = 0
         if decision is None:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
             with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute(), kept:
-                decision = self._decide(batch, logits.detach(), target.detach(), smoothing)
+                decision = self._decide(batch, logits.detach(), adjusted.detach())
             size = decision.size
             if self._recorded is not None:
                 self._recorded.append(decision)
         # Σ ω_i ℓ_i + Σ s_i CE(ŷ_i) is one cross-entropy, with the targets ω_i y_i + s_i ŷ_i.
-        weights = decision.weights[:, None]
-        if decision.pseudo is None or decision.share is None:
-            blend = torch.zeros_like(logits)
-        else:
-            blend = decision.pseudo * decision.share[:, None]
-        if target.ndim == 1 and not smoothing:
-            blend = blend.scatter_add_(1, target[:, None], weights)
-        else:
-            blend = torch.addcmul(blend, functional.dense_target(target, blend, smoothing), weights)
-        loss = functional.cross_entropy(logits, blend, reduction="sum")
+        loss = functional.cross_entropy(adjusted, decision.target, reduction="sum")
+        if decision.average is not None:
+            pull = functional.early_learning(logits, decision.average)
+            loss = loss + pull.sum() * (self.config.relabel_weight / decision.size)
         world = distributed.world_size()
         return loss if world == 1 else loss * world, size
 
-    def _decide(self, batch: _Accepted, logits: Tensor, target: Tensor, smoothing: float) -> _Decision:
-        """Weights of the samples, their pseudo-labels, how much each of these counts; updates what FSR knows."""
-        memory, active, valid = self.memory, self.is_active, batch.valid
-        losses, residual = functional.losses_and_residual(logits, target, smoothing)
-        features = self.head.features(batch.capture.features, logits.dtype)
-        at_head = Batch(features, target, residual, smoothing)
+    def _decide(self, batch: _Accepted, logits: Tensor, adjusted: Tensor) -> _Decision:
+        """The batch's weights and targets; updates what FSR knows. `adjusted`: the logits plus the log-prior."""
+        memory, valid, selection = self.memory, batch.valid, self.memory.selection
+        seen = self._look(batch, logits, adjusted)
+        step, counts, mean_square = self._look_ahead(batch, seen)
+        size, reward_loss, skipped = sum(counts), None, None
+        if selection is not None:
+            rule, (unnormalized, sums) = "select", selection.weigh(seen.index, valid, seen.losses.dtype)
+        elif self.is_active and step is not None:
+            rule = self.config.weight_rule
+            scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
+            scores = scores if valid is None else torch.where(valid, scores, 0)
+            unnormalized, sums = _unnormalized(rule, scores, valid)
+        else:
+            rule, (unnormalized, sums) = "uniform", _unnormalized("uniform", seen.losses, valid)
+
+        score, right = self._value(batch, seen, step)
+        # A class that there is not is no candidate's.
+        label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
+        mine, length = (seen.index, label, score, *(() if right is None else (right,))), max(counts)
+        sums, (index, label, score, *others) = distributed.gather(sums, mine, length)
+        weights = self._normalize(rule, unnormalized, valid, size, sums)
+        alone, offset = len(counts) == 1, distributed.rank() * length
+        payload = () if selection is not None else self._replay.payload(batch.clean)
+        more = {"new": seen.new if alone else None, "right": others[0] if others else None}
+        row = memory.visit(index, label, score, payload, offset=offset, given=batch.own_label, **more)
+        row = row if alone else row[offset : offset + len(seen.losses)]
+        if batch.shown is not None:
+            row = torch.where(batch.shown, row, -1)
+
+        if selection is not None:
+            decision = self._select(batch, seen, row, weights, size, sums)
+        else:
+            decision = self._relabel(batch, seen, row, weights, size, mean_square)
+        self.weights = weights
+        if len(weights):
+            bad = None if valid is None else (~valid).sum()
+            more = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
+            memory.count(weights, seen.losses, size, **more)
+        return decision
+
+    def _look(self, batch: _Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:
+        """What is known of the batch before anything is asked."""
+        memory, valid = self.memory, batch.valid
+        smoothing = self.config.label_smoothing if valid is None else 0.0  # masked targets are smooth already
+        target = batch.target if batch.target.ndim == 1 else batch.target.detach().to(logits.dtype)
+        losses, residual = functional.losses_and_residual(adjusted, target, smoothing)
+        at_head = Batch(self.head.features(batch.capture.features, logits.dtype), target, residual, smoothing)
         index, new = batch.index, memory.table.is_new(batch.index, memory.epoch)
         if valid is not None:
             new, index = new & valid, torch.where(valid, index, -1)
-        clean = batch.clean
-        clean_logits = logits if batch.mix is None else clean.output.to(logits.dtype).flatten(1)
-        stored = squares = is_open = None
+        clean = logits if batch.mix is None else batch.clean.output.to(logits.dtype).flatten(1)
+        seen = _Seen(at_head, losses, clean, index, new)
         if memory.pseudo is not None:
-            stored, squares = memory.pseudo.stored(batch.index, logits.dtype)
-            is_open = clean_logits > functional.SHUT
+            seen.stored, seen.squares = memory.pseudo.stored(batch.index, logits.dtype)
+            seen.is_open = clean > functional.SHUT
+        return seen
 
-        step, counts, mean_square = self._look_ahead(
-            at_head, squares, is_open, new, active or self._pusher.needs_lookahead
-        )
-        size = sum(counts)
-        scores = reward_loss = skipped = None
-        if active and step is not None:
-            scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
-            if self.config.weight_lr != 1:
-                scores = self.config.weight_lr * scores
-            if valid is not None:
-                scores = torch.where(valid, scores, 0)
-        ahead = None
+    def _value(self, batch: _Accepted, seen: _Seen, step: MetaStep | None) -> tuple[Tensor, Tensor | None]:
+        """P of each sample, (b,), and, if the table keeps it, whether it is classified as its label."""
+        ahead, dtype = None, seen.logits.dtype
         if step is not None and self._pusher.needs_lookahead:
+            own = seen.at_head.features
             ahead = step.logits(
-                features if batch.mix is None else self.head.features(clean.features, logits.dtype), clean_logits
+                own if batch.mix is None else self.head.features(batch.clean.features, dtype), seen.logits
             )
-        learned = None if memory.table.learned is None else memory.table.learned[index]
-        visit = Visit(clean_logits, batch.label, losses, ahead, learned)
-        score = self._pusher(visit)
+        learned = self.memory.table.learned
+        learned = None if learned is None else learned[seen.index]
+        visit = Visit(seen.logits, batch.label, seen.losses, ahead, learned)
+        return self._pusher(visit), None if learned is None else visit.right
 
-        rule = "uniform" if scores is None else self.config.weight_rule
-        unnormalized, sums = _unnormalized(rule, losses if scores is None else scores, valid)
-        # A class that there is not is no candidate's.
-        label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
-        mine, length = (index, label, score, *(() if learned is None else (visit.right,))), max(counts)
-        sums, (index, label, score, *right) = distributed.gather(sums, mine, length)
-        weights = self._normalize(rule, unnormalized, valid, size, sums)
-        alone, offset = len(counts) == 1, distributed.rank() * length
-        payload = self._replay.payload(clean)
-        more = {"new": new if alone else None, "right": right[0] if right else None}
-        row = memory.visit(index, label, score, payload, offset=offset, given=batch.own_label, **more)
-        pseudo = share = None
-        if memory.pseudo is not None and stored is not None and squares is not None and mean_square is not None:
-            if not alone:
-                row = row[offset : offset + len(losses)]
-            if batch.shown is not None:
-                row, new = torch.where(batch.shown, row, -1), new & batch.shown
-            pseudo = memory.pseudo.update(row, clean_logits, stored, mean_square, is_open)
-            seen = (squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
+    def _relabel(
+        self, batch: _Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, mean_square: Tensor | None
+    ) -> _Decision:
+        """The batch's targets under the paper's rules: the given ones by their weights, and pseudo-labels by p/b."""
+        store, blend = self.memory.pseudo, torch.zeros_like(seen.logits)
+        if store is not None and seen.stored is not None and seen.squares is not None and mean_square is not None:
+            pseudo = store.update(row, seen.logits, seen.stored, mean_square, seen.is_open)
+            there = (seen.squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
             if batch.mix is not None:
-                pseudo = torch.lerp(pseudo[batch.mix.partner], pseudo, batch.mix.share.to(pseudo.dtype)[:, None])
-                seen = seen & seen[batch.mix.partner]
-            share = seen.to(weights.dtype) * (self.config.relabel_weight / size) if active else None
+                pseudo, there = batch.mix.of(pseudo), there & there[batch.mix.partner]
+            if self.is_active:
+                blend = pseudo * (there.to(weights.dtype) * (self.config.relabel_weight / size))[:, None]
+        return _Decision(weights, _blended(seen.at_head, weights, blend), size)
 
-        self.weights = weights
-        if len(losses):
-            bad = None if valid is None else (~valid).sum()
-            memory.count(weights, losses, size, reward_loss=reward_loss, skipped_samples=bad, skipped_reward=skipped)
-        return _Decision(weights, pseudo, share, size)
+    def _select(
+        self, batch: _Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor
+    ) -> _Decision:
+        """The batch's targets where labels are judged: those believed, and what the network thought of the others."""
+        store, selection, mix = self.memory.pseudo, self.memory.selection, batch.mix
+        assert store is not None
+        assert selection is not None
+        assert seen.stored is not None
+        average = store.average(row, seen.logits, seen.stored)
+        if not selection.active:
+            return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(average)), size)
+        there = _both(batch.valid, batch.shown)
+        average = average if there is None else average * there[:, None]
+        share = (selection.code[seen.index] == WRONG).to(weights.dtype) / sums.sum().clamp(min=1)
+        target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
+        return _Decision(weights, target, size, average if mix is None else mix.of(average))
+
+    def _mixed(self, batch: _Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:
+        """The targets of samples whose partners, under MixUp, are weighed for themselves."""
+        if batch.mix is None:
+            return _blended(seen.at_head, weights, blend)
+        own = replace(seen.at_head, target=batch.label, label_smoothing=self.config.label_smoothing)
+        return batch.mix.of(_blended(own, weights, blend))
 
     def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor | None]:
         """This process's part of the reward batch, and how many samples were left out of it because of NaN or inf."""
@@ -374,27 +432,27 @@ class Reweighting:
         loss = gradient.pop("/loss")
         return step.scores_along(gradient), loss, skipped
 
-    def _look_ahead(
-        self, batch: Batch, squares: Tensor | None, is_open: Tensor | None, new: Tensor, needed: bool
-    ) -> tuple[MetaStep | None, list[int], Tensor | None]:
+    def _look_ahead(self, accepted: _Accepted, seen: _Seen) -> tuple[MetaStep | None, list[int], Tensor | None]:
         """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
 
         Several processes wait for the device here, to know how much there is to exchange.
         """
+        batch, squares, is_open = seen.at_head, seen.squares, seen.is_open
+        if self.config.selects:
+            squares = None
+        needed = self._pusher.needs_lookahead or (self.is_active and not self.config.selects)
         head, lr, here, world = self.head, self.config.lookahead_lr, len(batch.residual), distributed.world_size()
         dtype = batch.residual.dtype
         total: dict[str, Tensor] = {}
         if squares is not None and is_open is not None:
-            known = new.to(dtype)
+            known = seen.new.to(dtype)
             total = {"/square": known @ squares, "/new": known @ is_open.mean(1, dtype=dtype)}
         params = head.params(dtype) if needed else {}
         # Inner products of features are the cheaper form where there are more classes than about half as many reward
         # samples; the choice must be the same in all processes, so it does not depend on b.
         many_classes = 2 * batch.residual.shape[1] > self.config.reward_batch_size
-        simple = head.is_linear and self.config.reward_every == 1
-        by_kernel = simple and many_classes
-        compiled = simple and self.config.compile and world == 1
-        if needed and lr and not (by_kernel or compiled):
+        by_kernel = head.is_linear and self.config.reward_every == 1 and many_classes
+        if needed and lr and not by_kernel:
             total |= head.batch_gradient(params, batch)
         counts = [here]
         if world > 1:
@@ -403,9 +461,7 @@ class Reweighting:
             total = distributed.sum_all({**total, "/counts": of_each})
             counts = [int(count) for count in total["/counts"].tolist()]
         step: MetaStep | None = None
-        if needed and compiled:
-            step = CompiledStep(head, batch, lr, params)
-        elif needed and by_kernel:
+        if needed and by_kernel:
             step = KernelStep(head, batch, lr, params, sum(counts), max(counts))
         elif needed:
             step = GradientStep(head, batch, lr, params, total, sum(counts))
@@ -415,6 +471,8 @@ class Reweighting:
         """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: of each process, (W, k)."""
         if rule == "uniform":
             return unnormalized / size
+        if rule == "select":
+            return unnormalized / sums.sum().clamp(min=1).to(unnormalized.dtype)
         if rule == "clip":
             total = sums.sum()
         else:
@@ -425,7 +483,7 @@ class Reweighting:
         if total.device.type != "cpu" or not math.isfinite(total.item()):  # infinite reward gradient: plain training
             uniform = torch.ones_like(weights) / size if valid is None else valid.to(weights.dtype) / size
             weights = torch.where(total - total == 0, weights, uniform)
-        return weights if self.config.max_weight is None else weights.clamp(max=self.config.max_weight / size)
+        return weights
 
 
 def _unnormalized(rule: str, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -451,6 +509,17 @@ def _rows(valid: Tensor, tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor.where(valid)
     return torch.where(valid.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
+
+
+def _blended(batch: Batch, weights: Tensor, blend: Tensor) -> Tensor:
+    """Σ of the batch's own targets by their weights (b,), and what else there is of each class, (b, C)."""
+    if batch.target.ndim == 1 and not batch.label_smoothing:
+        return blend.scatter_add_(1, batch.target[:, None], weights[:, None])
+    return torch.addcmul(blend, functional.dense_target(batch.target, blend, batch.label_smoothing), weights[:, None])
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one & other
 
 
 def _label(target: Tensor, given: Tensor | None, mix: Mix | None) -> Tensor:

@@ -1,0 +1,176 @@
+"""Which given labels are wrong: told by what the network predicts before it knows them by heart.
+
+`weight_rule="select"` needs no reward data. A few samples are held out of training. As long as the network agrees with
+their labels as often as with those it trains on, it has learned nothing by heart, and training stays plain. Meanwhile
+the samples that it is surest of tell how many labels of each class are wrong. When it agrees more with what it trains
+on, it has begun to learn wrong labels too: from then on as large a share of each class, of lowest P̂, loses its label.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pushers import LAST, ScoreTable, stored_epoch
+from .relabel import PseudoLabels
+
+TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, held out, taken for wrong
+
+_HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
+_FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
+_VISITS = 3  # epochs, after which predictions are averaged enough
+_ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: a share, and a number at least
+_FEW = 10  # anchors, at which a class's share is half its own and half that of all
+_GAP = 0.04  # in agreement, that counts
+_ERRORS = 2.0  # standard errors of it
+_GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
+
+
+class Selection:
+    """What becomes of each given label, and what tells it. 1 byte a sample.
+
+    **Arguments:** `num_samples`, rows; `num_classes`, C; `known`, whether there are as many samples as rows;
+    `seed`, of which samples are held out.
+    """
+
+    def __init__(self, num_samples: int, num_classes: int, *, known: bool, seed: int, device: torch.device | str):
+        share = _HELD
+        if known:
+            share = min(max(_HELD, _FEWEST / num_samples), _MOST / num_samples, _LARGEST_SHARE)
+        self._below, self._seed = int(share * 2**32), seed
+        self.active = False  # whether labels are taken for wrong
+        self.share = torch.zeros(num_classes, dtype=torch.float32, device="cpu")  # wrong labels of each given class
+        self.estimated = False  # whether the shares were found
+        self.agreement: list[float] = []  # of the network with what it trained on, in the last two epochs
+        self.apart = 0  # epochs in a row in which it agreed less with what was held out
+        self.code = torch.zeros(num_samples + 1, dtype=torch.uint8, device=device)
+        self.code[:-1] = self._codes(0, num_samples)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        """Of samples that no epoch has judged yet."""
+        if self.active:
+            return torch.full((stop - start,), TRAINED, dtype=torch.uint8, device=self.code.device)
+        number = torch.arange(start, stop, dtype=torch.int64, device="cpu") + self._seed * 0x9E3779B1
+        for _ in range(2):  # a hash of 32 bits, so that it makes no difference when the tables grow
+            number = (number ^ number >> 16 & 0xFFFF) * 0x45D9F3B & 0xFFFFFFFF
+        number = number ^ number >> 16
+        return torch.where(number < self._below, HELD, TRAINED).to(torch.uint8)
+
+    def grow(self, num_samples: int) -> None:
+        """Make room for at least `num_samples`."""
+        held = len(self.code) - 1
+        if num_samples > held:
+            bigger = self.code.new_zeros(num_samples + 1)
+            bigger[:held] = self.code[:-1]
+            bigger[held:-1] = self._codes(held, num_samples)
+            self.code = bigger
+
+    def weigh(self, index: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 for each sample whose label is trained on, else 0, (b,); and how many take part in the loss, (1,).
+
+        **Arguments:** `index` (b,), -1 for nobody; `valid` (b,) bool, or None if all are.
+        """
+        code = self.code[index]
+        trained, part = code == TRAINED, code != HELD
+        if valid is not None:
+            trained, part = trained & valid, part & valid
+        return trained.to(dtype), part.sum(dtype=dtype)[None]
+
+    def end_epoch(self, epoch: int, warmup: int, table: ScoreTable, given: Tensor, average: PseudoLabels) -> None:
+        """Looks whether the network learns by heart, and then which labels are wrong. Synchronises with the device.
+
+        **Arguments:** `epoch`, the one that ended; `warmup`, how many are plain at least; `given`, the label of each
+        sample or −1, (N,); `average`, its averaged probabilities. They must be the same in all processes.
+        """
+        given = given.cpu().long()
+        if not self.active:
+            seen = (table.epoch[:-1] == stored_epoch(epoch)).cpu() & (given >= 0)
+            assert table.learned is not None
+            self._watch(epoch, seen, (table.learned[:-1] == LAST).cpu(), given, average)
+            self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
+        if self.active:
+            self.code[:-1] = self._judged(table.score[:-1].cpu(), given).to(self.code.device)
+
+    def _watch(self, epoch: int, seen: Tensor, right: Tensor, given: Tensor, average: PseudoLabels) -> None:
+        """Compares what is trained on with what is held out; renews the shares as long as only learning shows."""
+        held = (self.code[:-1] == HELD).cpu()
+        agreement, _ = _mean(right[seen & ~held])
+        outside, number = _mean(right[seen & held])
+        gap, error = agreement - outside, math.sqrt(max(outside * (1 - outside), 1e-4) / max(number, 1))
+        learns = len(self.agreement) == 2 and agreement > _GROWTH**2 * self.agreement[0]
+        self.agreement = [*self.agreement[-1:], agreement]
+        self.apart = self.apart + 1 if number and gap > max(_GAP, _ERRORS * error) else 0
+        if epoch + 1 >= _VISITS and (not self.estimated or (learns and gap < _ERRORS * error)):
+            # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
+            found = wrong_shares(*average.surest(), given, seen)
+            self.share = torch.minimum(self.share, found) if self.estimated else found
+            self.estimated = True
+
+    def _judged(self, score: Tensor, given: Tensor) -> Tensor:
+        """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""
+        known = (given >= 0) & score.isfinite()
+        label = given[known]
+        number = torch.bincount(label, minlength=len(self.share))
+        wrong = (number * self.share.double()).long()
+        code = torch.full(score.shape, TRAINED, dtype=torch.uint8)
+        code[known] = torch.where(_rank(score[known], label) < wrong[label], WRONG, TRAINED).to(torch.uint8)
+        return code
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; the codes without the spare row."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart")}
+        return state | {"agreement": list(self.agreement), "share": self.share.clone(), "code": self.code[:-1].clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes all of it back. There must be as many samples."""
+        self.active, self.estimated, self.apart = state["active"], state["estimated"], state["apart"]
+        self.agreement = list(state["agreement"])
+        self.share.copy_(state["share"])
+        self.code[:-1] = state["code"]
+
+    def to(self, device: torch.device) -> None:
+        """Moves the codes; the rest is the host's."""
+        self.code = self.code.to(device)
+
+
+def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Tensor, seen: Tensor) -> Tensor:
+    """The share of wrong labels among the samples of each given class, (C,), from those the network is surest of.
+
+    The surest of each predicted class c are taken to be of class c (anchor points; Patrini et al., CVPR 2017, take one,
+    here it is a fifth of them). How their given labels are distributed is P(given g | true c), with one right label
+    more than there are; by Bayes P(true c | given g) follows, and the share is 1 − P(true g | given g). A class of few
+    anchors takes part of the share of all.
+
+    **Arguments:** `confidence` and `predicted` (N,), the largest averaged probability and its class; `prior` (C,), the
+    mean of the averaged probabilities; `given` (N,), labels; `seen` (N,) bool, who counts. On the host.
+    """
+    classes = len(prior)
+    confidence, predicted, given = confidence[seen], predicted[seen], given[seen]
+    number = torch.bincount(predicted, minlength=classes)
+    anchors = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
+    sure = _rank(-confidence, predicted) < anchors[predicted]
+    predicted, given = predicted[sure], given[sure]
+    each = prior.double() / (anchors + 1)
+    right = given[predicted == given]
+    own = each + torch.bincount(right, each[right], minlength=classes)
+    mass = each + torch.bincount(given, each[predicted], minlength=classes)
+    overall = 1 - own.sum() / mass.sum()
+    shares = 1 - own / mass.clamp(min=1e-12)
+    return ((anchors * shares + _FEW * overall) / (anchors + _FEW)).float()
+
+
+def _rank(value: Tensor, group: Tensor) -> Tensor:
+    """The place of each value among those of its group, from the smallest on. (n,) and (n,) int64 → (n,)."""
+    order = value.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    number = torch.bincount(group)
+    first = (number.cumsum(0) - number)[group[order]]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - first)
+
+
+def _mean(values: Tensor) -> tuple[float, int]:
+    """Of booleans, and how many they are."""
+    return float(values.double().mean()) if len(values) else 0.0, len(values)
