@@ -89,7 +89,9 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]
-    good = len(agreement) <= 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in agreement)
+    good = len(agreement) <= 2 and all(
+        len(pair) == 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in pair) for pair in agreement
+    )
     _need(good, "selection/agreement", agreement)
     share = _tensor(state, "share", torch.float32, (classes,))
     _need(bool(((share >= 0) & (share <= 1)).all()), "selection/share", "no shares")

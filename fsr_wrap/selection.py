@@ -25,7 +25,7 @@ _VISITS = 3  # epochs, after which predictions are averaged enough
 _ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: a share, and a number at least
 _FEW = 10  # anchors, at which a class's share is half its own and half that of all
 _GAP = 0.04  # in agreement, that counts
-_ERRORS = 2.0  # standard errors of it
+_ERRORS = 3.0  # standard errors of it
 _GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
 
 
@@ -44,7 +44,8 @@ class Selection:
         self.active = False  # whether labels are taken for wrong
         self.share = torch.zeros(num_classes, dtype=torch.float32, device="cpu")  # wrong labels of each given class
         self.estimated = False  # whether the shares were found
-        self.agreement: list[float] = []  # of the network with what it trained on, in the last two epochs
+        # In the last two epochs, of the network with the labels that it trained on, and with those held out.
+        self.agreement: list[tuple[float, float]] = []
         self.apart = 0  # epochs in a row in which it agreed less with what was held out
         self.code = torch.zeros(num_samples + 1, dtype=torch.uint8, device=device)
         self.code[:-1] = self._codes(0, num_samples)
@@ -95,15 +96,23 @@ class Selection:
             self.code[:-1] = self._judged(table.score[:-1].cpu(), given).to(self.code.device)
 
     def _watch(self, epoch: int, seen: Tensor, right: Tensor, given: Tensor, average: PseudoLabels) -> None:
-        """Compares what is trained on with what is held out; renews the shares as long as only learning shows."""
+        """Compares what is trained on with what is held out; renews the shares as long as learning is all there is.
+
+        A network that learns agrees more with both, one that learns by heart with the former alone.
+        """
         held = (self.code[:-1] == HELD).cpu()
         agreement, _ = _mean(right[seen & ~held])
         outside, number = _mean(right[seen & held])
-        gap, error = agreement - outside, math.sqrt(max(outside * (1 - outside), 1e-4) / max(number, 1))
-        learns = len(self.agreement) == 2 and agreement > _GROWTH**2 * self.agreement[0]
-        self.agreement = [*self.agreement[-1:], agreement]
-        self.apart = self.apart + 1 if number and gap > max(_GAP, _ERRORS * error) else 0
-        if epoch + 1 >= _VISITS and (not self.estimated or (learns and gap < _ERRORS * error)):
+        error = math.sqrt(max(outside * (1 - outside), 1e-4) / max(number, 1))
+        learns, stalls = False, True
+        if len(self.agreement) == 2:
+            before, outside_before = self.agreement[0]
+            learns = agreement > _GROWTH**2 * before
+            stalls = outside - outside_before <= max(0.0, (agreement - before) / 2)
+        self.agreement = [*self.agreement[-1:], (agreement, outside)]
+        apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
+        self.apart = self.apart + 1 if apart else 0
+        if epoch + 1 >= _VISITS and (not self.estimated or (learns and not stalls)):
             # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
             found = wrong_shares(*average.surest(), given, seen)
             self.share = torch.minimum(self.share, found) if self.estimated else found
