@@ -19,6 +19,7 @@ from .relabel import PseudoLabels
 
 TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, held out, taken for wrong
 
+_32_BITS = 2**32 - 1
 _HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
 _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
 _VISITS = 3  # epochs, after which predictions are averaged enough
@@ -54,10 +55,11 @@ class Selection:
         """Of samples that no epoch has judged yet."""
         if self.active:
             return torch.full((stop - start,), TRAINED, dtype=torch.uint8, device=self.code.device)
-        number = torch.arange(start, stop, dtype=torch.int64, device="cpu") + self._seed * 0x9E3779B1
-        for _ in range(2):  # a hash of 32 bits, so that it makes no difference when the tables grow
-            number = (number ^ number >> 16 & 0xFFFF) * 0x45D9F3B & 0xFFFFFFFF
-        number = number ^ number >> 16
+        number = torch.arange(start, stop, dtype=torch.int64, device="cpu") + self._seed * 0x9E3779B1 % 2**32
+        number &= _32_BITS
+        # A hash of 32 bits (Wellons' lowbias32), so that it makes no difference when the tables grow.
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            number = (number ^ number >> shift) * factor & _32_BITS
         return torch.where(number < self._below, HELD, TRAINED).to(torch.uint8)
 
     def grow(self, num_samples: int) -> None:
