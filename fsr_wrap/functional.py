@@ -283,7 +283,6 @@ def relabel(
     logits: Tensor,
     *,
     momentum: float,
-    temperature: float = 1.0,
     mean_square: Tensor | None = None,
     is_open: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -295,11 +294,11 @@ def relabel(
 
     - `stored`: ŷ_{t−1} (b, C), zeros where a sample was never seen.
     - `logits`: f(x, Θ_t) (b, C).
-    - `momentum`: β, the weight of the old value. `temperature`: T.
+    - `momentum`: β, the weight of the old value.
     - `mean_square`: (), of `stored` over all processes; computed if not given.
     - `is_open`: (b, C) bool, logits > `SHUT`; computed if not given.
 
-    **Returns:** the pseudo-labels softmax(ŷ_{t−1}/T) and the new ŷ_t, both (b, C).
+    **Returns:** the pseudo-labels softmax(ŷ_{t−1}) and the new ŷ_t, both (b, C).
     """
     if is_open is None:
         is_open = logits > SHUT
@@ -307,8 +306,7 @@ def relabel(
         mean_square = (stored.square() * is_open).sum() / is_open.sum().clamp(min=1)
     normalized = stored * (mean_square + 1e-8).rsqrt()
     new = torch.lerp(F.threshold(logits, SHUT, 0.0), normalized, momentum)
-    scaled = normalized if temperature == 1 else normalized / temperature
-    pseudo = torch.where(is_open, scaled, torch.finfo(scaled.dtype).min).softmax(1)
+    pseudo = torch.where(is_open, normalized, torch.finfo(normalized.dtype).min).softmax(1)
     return pseudo, new
 
 

@@ -25,6 +25,29 @@ def assert_close(actual, expected, tol: float = 1e-6) -> None:
         assert actual == expected
 
 
+# --- the rules -------------------------------------------------------------------------------------------------------
+
+PAPER = {
+    "weight_rule": "clip",
+    "class_balance": 0.0,
+    "warmup_epochs": 5,
+    "relabel_weight": 2.0,
+    "relabel_momentum": 0.1,
+}
+CLIP = {**PAPER, "warmup_epochs": 1}  # re-weights from the second epoch on
+
+
+def judge_soon(fsr, num_classes: int, share: float = 0.3):
+    """The wrapper; under `weight_rule="select"` it judges labels at the end of each epoch from the first one on, and
+    pulls predictions to their average at once, as if training had shown by then that labels are learned by heart."""
+    memory = fsr._memory
+    if memory.config.selects:
+        memory.prepare(torch.arange(1), num_classes, torch.device("cpu"))
+        memory.selection.active = memory.selection.estimated = True
+        memory.selection.share.fill_(share)
+    return fsr
+
+
 # --- losses, with double back-propagation ----------------------------------------------------------------------------
 
 
@@ -105,11 +128,11 @@ def make_problem(head: str, soft: bool, b: int = 7, q: int = 9):
     return module, forward, params, batch, reward
 
 
-def slow_relabel(stored, logits, momentum, temperature=1.0):
+def slow_relabel(stored, logits, momentum):
     """Eq. 7 as released, in numpy float64: v·rsqrt(mean(v²) + 1e-8), softmax, β·old + (1−β)·new."""
     stored, logits = np.asarray(stored, np.float64), np.asarray(logits, np.float64)
     old = stored / math.sqrt(np.mean(stored**2) + 1e-8)
-    exponential = np.exp(old / temperature)
+    exponential = np.exp(old)
     return exponential / exponential.sum(1, keepdims=True), momentum * old + (1 - momentum) * logits
 
 
