@@ -196,7 +196,7 @@ class Reweighting:
         if not self._checked:
             self._check_head(found, capture, logits)
         batch = _Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
-        batch.own_label = target.ndim == 1 or mix is not None  # of others, some stand with no class: see _decide
+        batch.own_label = target.ndim == 1 or mix is not None or given is not None
         if not good and (logits.device.type != "cpu" or self.config.nonfinite == "skip"):
             batch = self._masked(batch, valid)
         if given is not None and target.ndim == 2 and mix is None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CLIP
 from test_numbers import everything_finite
 from test_wrapper import CLASSES, N, Net, digits, frozen, make, snapshot, step
 from torch import Tensor, nn
@@ -97,10 +98,12 @@ def mixers() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("options", [{}, CLIP], ids=["select", "clip"])
 @pytest.mark.parametrize("how", ["timm mixup", "timm cutmix", "torchvision", "by hand"])
-def test_the_dictionary_has_the_samples_own_labels(how: str) -> None:
+def test_the_dictionary_has_the_samples_own_labels(how: str, options: dict[str, Any]) -> None:
+    """And so has what judges them."""
     mix = mixers()[how]
-    model, fsr = make(norm=False)
+    model, fsr = make(norm=False, **options)
     x, y, _ = digits(0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -115,6 +118,9 @@ def test_the_dictionary_has_the_samples_own_labels(how: str) -> None:
     assert fsr.epoch == 3
     assert torch.equal(fsr.dictionary.label, y[fsr.dictionary.index])
     assert len(fsr.dictionary) > 40 or how == "by hand"
+    known = fsr._memory.given.known()
+    assert torch.equal(known[known >= 0].long(), y[known >= 0])
+    assert (known >= 0).any()
 
 
 def test_a_sample_stands_for_its_class_only_where_its_target_says_so() -> None:
@@ -139,10 +145,11 @@ def test_soft_targets_without_labels_are_said_once() -> None:
     step(model, fsr, x[50:100], soft[50:100], torch.arange(50, 100))
 
 
-def test_labels_and_own_mixup_agree_or_are_refused() -> None:
+@pytest.mark.parametrize("options", [{}, CLIP], ids=["select", "clip"])
+def test_labels_and_own_mixup_agree_or_are_refused(options: dict[str, Any]) -> None:
     runs = []
     for given in (False, True):
-        model, fsr = make()
+        model, fsr = make(**options)
         x, y, _ = digits(0.3)
         for index in torch.arange(N).split(50) * 2:
             mixed, target = fsr.mixup(x[index], y[index])
@@ -178,10 +185,11 @@ def test_bad_labels_are_refused(label: Any, message: str) -> None:
 # --- FSR's own mixup -------------------------------------------------------------------------------------------------
 
 
-def test_mixup_that_raises_or_is_not_used_leaves_no_trace() -> None:
+@pytest.mark.parametrize("options", [{}, CLIP], ids=["select", "clip"])
+def test_mixup_that_raises_or_is_not_used_leaves_no_trace(options: dict[str, Any]) -> None:
     runs = []
     for disturbed in (False, True):
-        model, fsr = make(norm=False)
+        model, fsr = make(norm=False, **options)
         model.fc = nn.Sequential(model.fc)  # type: ignore[assignment]
         fsr = FSRWrapper(model, fsr.optimizer, "fc", num_samples=N, config=fsr.config)
         x, y, _ = digits(0.3)
@@ -254,7 +262,7 @@ def test_clean_features_that_are_not_finite_reach_no_table(nonfinite: str) -> No
     torch.manual_seed(0)
     model = Model()
     inner = torch.optim.SGD(model.parameters(), 0.1)
-    options = {"dictionary_size": 100, "warmup_epochs": 1, "nonfinite": nonfinite, "seed": 3}
+    options = {**CLIP, "dictionary_size": 100, "nonfinite": nonfinite, "seed": 3}
     fsr = FSRWrapper(model, inner, "fc", num_samples=N, **options)
     x, y, _ = digits()
     x = x.clone()

@@ -7,12 +7,12 @@ import functools
 import io
 import pickle
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CLIP, judge_soon
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -49,11 +49,12 @@ class Net(nn.Module):
 
 
 def make(seed: int = 0, norm: bool = True, dropout: float = 0.0, **options: Any) -> tuple[Net, FSRWrapper]:
+    """A model and its wrapper, which soon judges labels, or re-weights after an epoch under the paper's rules."""
     torch.manual_seed(seed)
     model = Net(norm=norm, dropout=dropout)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     options = {"num_samples": N, "dictionary_size": 100, "reward_batch_size": 50, "warmup_epochs": 1, **options}
-    return model, FSRWrapper(model, inner, **options)
+    return model, judge_soon(FSRWrapper(model, inner, **options), CLASSES)
 
 
 def step(model: nn.Module, fsr: FSRWrapper, x: Tensor, y: Tensor, index: Tensor) -> float:
@@ -91,14 +92,19 @@ def snapshot(model: nn.Module, fsr: FSRWrapper) -> Any:
 # --- the optimizer's face --------------------------------------------------------------------------------------------
 
 
-def test_three_lines_of_the_readme_train() -> None:
+@pytest.mark.parametrize("rule", ["select", "clip"])
+def test_three_lines_of_the_readme_train(rule: str) -> None:
+    """The default goes on plainly as long as nothing is learned by heart; the paper's rule re-weights after a while."""
     x, y, _ = digits()
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_set = with_index(TensorDataset(x, y))
-    with pytest.warns(UserWarning, match="dictionary_size=40"):
+    if rule == "select":
         optimizer = FSRWrapper(model, optimizer, head="fc", dataset=train_set)
+    else:
+        with pytest.warns(UserWarning, match="dictionary_size=40"):
+            optimizer = FSRWrapper(model, optimizer, "fc", dataset=train_set, config=FSRConfig.preset("cifar_noise"))
     loader = DataLoader(train_set, batch_size=50, shuffle=True)
     losses = []
     for _ in range(8):
@@ -109,7 +115,7 @@ def test_three_lines_of_the_readme_train() -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
     assert optimizer.epoch == 8
-    assert optimizer.is_reweighting
+    assert optimizer.is_reweighting == (rule == "clip")
     assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
 
 
@@ -209,7 +215,7 @@ def test_fused_scaler_attributes_reach_the_inner_optimizer() -> None:
 
 
 def test_warmup_is_plain_cross_entropy() -> None:
-    model, fsr = make(relabel_weight=0.0, warmup_epochs=5)
+    model, fsr = make(**{**CLIP, "relabel_weight": 0.0, "warmup_epochs": 5})
     twin = copy.deepcopy(model)
     plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     x, y, _ = digits(0.3)
@@ -222,13 +228,64 @@ def test_warmup_is_plain_cross_entropy() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_as_long_as_nothing_is_learned_by_heart_training_is_plain(balance: float) -> None:
+    """Cross-entropy without the samples that are held out, of the logits plus the log-share of the classes so far."""
+    torch.manual_seed(0)
+    model = Net()
+    twin = copy.deepcopy(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fsr = FSRWrapper(model, inner, num_samples=N, class_balance=balance)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    x, y, _ = digits(0.3)
+    share = torch.bincount(y).double() / N
+    for number, index in enumerate(torch.arange(N).split(50) * 3):
+        step(model, fsr, x[index], y[index], index)
+        held = fsr._memory.selection.code[index] == 1  # type: ignore[union-attr]
+        logits = twin(x[index]) + (balance * share.log().float() if number >= 8 else 0)
+        F.cross_entropy(logits[~held], y[index[~held]]).backward()
+        plain.step()
+        plain.zero_grad()
+        torch.testing.assert_close(fsr.weights, (~held) / (~held).sum())
+    assert not fsr.is_reweighting
+    for mine, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_taken_for_wrong_give_way_to_what_was_thought() -> None:
+    """The loss of a step after labels were judged, written out."""
+    model, fsr = make(norm=False)
+    train(model, fsr, 3, 0.3)
+    x, y, _ = digits(0.3)
+    index = torch.arange(50)
+    state = fsr.state_dict()["fsr"]
+    wrong = state["selection"]["code"][index] == 2
+    assert 0 < wrong.sum() < 50
+    average = state["pseudo"]["logits"][index].float()
+    average = average / average.sum(1, keepdim=True)
+    logits = model(x[index])
+    loss = fsr.loss(logits, y[index], index)
+    log_p = F.log_softmax(logits + state["log_prior"], dim=1)
+    sharp = average.square() / average.square().sum(1, keepdim=True)
+    target = torch.where(wrong[:, None], sharp, F.one_hot(y[index], CLASSES))
+    pull = torch.log(1 - (average * logits.softmax(1)).sum(1).clamp(max=1 - 1e-4))
+    torch.testing.assert_close(loss, (3 * pull - (target * log_p).sum(1)).mean())
+    torch.testing.assert_close(fsr.weights, (~wrong) / 50)
+    new = fsr.state_dict()["fsr"]["pseudo"]["logits"][index].float()
+    old = state["pseudo"]["logits"][index].float()
+    torch.testing.assert_close(new, 0.8 * old + 0.2 * logits.softmax(1), rtol=2e-3, atol=2e-3)
+    kept = y[state["selection"]["code"] != 2]
+    share = torch.bincount(kept, minlength=CLASSES) / len(kept) * CLASSES
+    torch.testing.assert_close(state["log_prior"], share.log())
+
+
 @pytest.mark.parametrize("rule", ["clip", "shift"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("size", [10, 40])  # of few reward samples the inner products are the cheaper form
 def test_weights_equal_double_backward(rule: str, smoothing: float, size: int) -> None:
     """One step of the wrapper against the look-ahead written out with second-order gradients, in float64."""
-    options = {"weight_rule": rule, "label_smoothing": smoothing, "reward_batch_size": size}
-    model, fsr = make(relabel_weight=0.0, warmup_epochs=0, **options)
+    options = {"weight_rule": rule, "label_smoothing": smoothing, "reward_batch_size": size, "relabel_weight": 0.0}
+    model, fsr = make(**{**CLIP, "warmup_epochs": 0, **options})
     model.double()
     x, y, _ = digits(0.4)
     x = x.double()
@@ -256,34 +313,8 @@ def test_weights_equal_double_backward(rule: str, smoothing: float, size: int) -
     torch.testing.assert_close(fsr.weights, u / u.sum(), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"lookahead_lr": 0.0, "label_smoothing": 0.1}, {"pusher": "meta_margin", "reward": "fresh"}]
-)
-def test_compiled_arithmetic_gives_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and run without a compiler, which not every machine has; the last batch is a short one."""
-    import fsr_wrap.heads
-
-    calls: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        calls.append(len(inputs))
-        return graph.forward
-
-    monkeypatch.setattr(fsr_wrap.heads.torch, "compile", partial(torch.compile, backend=backend))
-    fsr_wrap.heads._compiled_scores.cache_clear()
-    found = []
-    for compiled in (False, True):
-        model, fsr = make(compile=compiled, **options)
-        train(model, fsr, 3, 0.3)
-        found.append((fsr.weights, fsr.metrics()["fsr/reward_loss"]))
-    fsr_wrap.heads._compiled_scores.cache_clear()
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
-    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
-    assert 1 <= len(calls) <= 3  # compiled once, and again for other shapes; not at every step
-
-
 def test_loss_is_weighted_loss_plus_relabelling() -> None:
-    model, fsr = make(relabel_weight=2.0)
+    model, fsr = make(**CLIP)
     train(model, fsr, 2, 0.4)
     x, y, _ = digits(0.4)
     index = torch.arange(50)
@@ -299,10 +330,10 @@ def test_loss_is_weighted_loss_plus_relabelling() -> None:
     torch.testing.assert_close(new, 0.1 * normalized + 0.9 * logits.detach(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
-def test_leaves_the_users_world_alone(reward: str) -> None:
+@pytest.mark.parametrize("options", [{}, CLIP, {**CLIP, "reward": "fresh"}])
+def test_leaves_the_users_world_alone(options: dict[str, Any]) -> None:
     """Gradients, RNG, BatchNorm statistics and train/eval flags are those of a plain step."""
-    model, fsr = make(reward=reward, dropout=0.3)
+    model, fsr = make(**options, dropout=0.3)
     train(model, fsr, 2, 0.3)
     assert fsr.is_reweighting
     x, y, _ = digits(0.3)
@@ -321,20 +352,21 @@ def test_fresh_uses_the_model_as_it_is_now() -> None:
     """With a frozen body without BatchNorm, features never age: cached and fresh give the same weights."""
     weights = []
     for reward in ("cached", "fresh"):
-        model, fsr = make(norm=False, reward=reward)
+        model, fsr = make(norm=False, **CLIP, reward=reward)
         model.body.requires_grad_(False)
         train(model, fsr, 2, 0.3)
         weights.append(fsr.weights)
     torch.testing.assert_close(*weights)
-    model, fsr = make(norm=False, reward="fresh")
+    model, fsr = make(norm=False, **CLIP, reward="fresh")
     train(model, fsr, 2, 0.3)
     assert not torch.allclose(fsr.weights, weights[0])
 
 
-def test_evaluation_leaves_no_trace() -> None:
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_evaluation_leaves_no_trace(options: dict[str, Any]) -> None:
     finals = []
     for evaluating in (True, False):
-        model, fsr = make()
+        model, fsr = make(**options)
         x, y, _ = digits(0.3)
         for index in torch.arange(N).split(50) * 2:
             logits = model(x[index])
@@ -366,7 +398,7 @@ def test_two_forwards_then_two_losses() -> None:
 
 
 def test_a_batch_of_zero_weights_has_zero_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fsr = make(relabel_weight=0.0)
+    model, fsr = make(**{**CLIP, "relabel_weight": 0.0})
     train(model, fsr, 2)
     monkeypatch.setattr("fsr_wrap.heads.fsr.linear_meta_gradient_along", lambda h, *_, **__: -torch.ones(len(h)))
     x, y, _ = digits()
@@ -378,14 +410,9 @@ def test_a_batch_of_zero_weights_has_zero_loss_and_gradient(monkeypatch: pytest.
     assert fsr.metrics()["fsr/all_zero_batches"] == 1
 
 
-def test_max_weight_caps() -> None:
-    model, fsr = make(max_weight=1.5)
-    train(model, fsr, 3, 0.4)
-    assert fsr.weights.max() <= 1.5 / 50 + 1e-7
-
-
-def test_wrong_labels_lose_weight() -> None:
-    model, fsr = make()
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_wrong_labels_lose_weight(options: dict[str, Any]) -> None:
+    model, fsr = make(**options)
     train(model, fsr, 6, 0.3)
     x, given, clean = digits(0.3)
     index = torch.arange(N)
@@ -396,9 +423,10 @@ def test_wrong_labels_lose_weight() -> None:
     assert purity > (given == clean).float().mean() + 0.1
 
 
-def test_soft_targets() -> None:
-    hard_model, hard = make()
-    soft_model, soft = make()
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_soft_targets(options: dict[str, Any]) -> None:
+    hard_model, hard = make(**options)
+    soft_model, soft = make(**options)
     x, y, _ = digits(0.3)
     for index in torch.arange(N).split(50) * 2:
         a = step(hard_model, hard, x[index], y[index], index)
@@ -409,6 +437,9 @@ def test_soft_targets() -> None:
         soft.zero_grad()
         b = loss.item()
         assert a == pytest.approx(b, rel=1e-4)
+    assert hard.is_reweighting
+    assert torch.equal(hard.weights, soft.weights) or options
+    assert torch.equal(hard._memory.given.known(), soft._memory.given.known())
 
 
 def test_mlp_head_and_linear_head_of_one_layer_agree() -> None:
@@ -421,7 +452,7 @@ def test_mlp_head_and_linear_head_of_one_layer_agree() -> None:
         if nested:
             model.fc = head = nn.Sequential(model.fc)  # type: ignore[assignment]
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        options = {"num_samples": N, "dictionary_size": 100, "warmup_epochs": 1, "pusher": "meta_margin"}
+        options = {"num_samples": N, "dictionary_size": 100, **CLIP, "pusher": "meta_margin"}
         fsr = FSRWrapper(model, inner, head, **options)
         train(model, fsr, 2, 0.3)
         weights.append(fsr.weights)
@@ -431,9 +462,11 @@ def test_mlp_head_and_linear_head_of_one_layer_agree() -> None:
 # --- MixUp -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
-def test_mixup_keeps_clean_inputs_for_what_is_remembered(reward: str) -> None:
-    model, fsr = make(norm=False, reward=reward, pusher="negative_loss", score_momentum=0.0)
+@pytest.mark.parametrize("reward", ["cached", "fresh", None])
+def test_mixup_keeps_clean_inputs_for_what_is_remembered(reward: str | None) -> None:
+    """Where no reward data are kept, too: scores and averages are of the clean inputs."""
+    options = {} if reward is None else {**CLIP, "reward": reward}
+    model, fsr = make(norm=False, **options, pusher="negative_loss", score_momentum=0.0)
     x, y, _ = digits()
     index = torch.arange(50)
     mixed, target = fsr.mixup(x[:50], y[:50])
@@ -443,13 +476,17 @@ def test_mixup_keeps_clean_inputs_for_what_is_remembered(reward: str) -> None:
     fsr.loss(model(mixed), target, index)
     torch.testing.assert_close(fsr.scores[:50], -F.cross_entropy(model(x[:50]), y[:50], reduction="none").detach())
     fsr.end_epoch()
+    if reward is None:
+        average = fsr.state_dict()["fsr"]["pseudo"]["logits"][:50].float()
+        torch.testing.assert_close(average, 0.2 * model(x[:50]).softmax(1), rtol=2e-3, atol=2e-3)
+        return
     batch = fsr.dictionary.draw(20)
     clean = x[batch.index] if reward == "fresh" else F.relu(model.body(x[batch.index]))
     torch.testing.assert_close(batch.payload[0], clean)
 
 
 def test_authors_margin_is_mixed_loss_minus_clean_lookahead_loss() -> None:
-    model, fsr = make(norm=False, pusher="authors_margin", score_momentum=0.0)
+    model, fsr = make(norm=False, **CLIP, pusher="authors_margin", score_momentum=0.0)
     x, y, _ = digits()
     mixed, target = fsr.mixup(x[:50], y[:50])
     logits = model(mixed)
@@ -521,7 +558,7 @@ def test_the_wrapper_alone_needs_no_data_set() -> None:
 
 
 def test_deferred_schedule() -> None:
-    model, fsr = make(warmup_epochs=3)
+    model, fsr = make(**{**CLIP, "warmup_epochs": 3})
     for epoch in range(5):
         assert fsr.is_reweighting == (epoch >= 3)
         train(model, fsr, 1)
@@ -570,11 +607,12 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 @pytest.mark.parametrize("epochs", [0, 2])
-def test_bad_input_is_refused_and_changes_nothing(case: str, epochs: int) -> None:
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_bad_input_is_refused_and_changes_nothing(case: str, epochs: int, options: dict[str, Any]) -> None:
     change, error, message = BAD_INPUT[case]
     if epochs == 0 and case == "other classes than before":
         pytest.skip("there is no before")
-    model, fsr = make(norm=False)
+    model, fsr = make(norm=False, **options)
     train(model, fsr, epochs)
     arguments = {**good(), **change}
     logits = model(arguments["x"])
@@ -652,13 +690,14 @@ def test_no_head_found() -> None:
 
 
 @pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize("rule", ["clip", "shift"])
+@pytest.mark.parametrize("rule", ["clip", "shift", "select"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nonfinite_skip_leaves_the_sample_out(linear: bool, rule: str, bad: float) -> None:
-    model, fsr = make(norm=False, nonfinite="skip", weight_rule=rule, label_smoothing=0.1)
+    options = {} if rule == "select" else {**CLIP, "weight_rule": rule}
+    model, fsr = make(norm=False, nonfinite="skip", **options, label_smoothing=0.1)
     if not linear:
         model.fc = nn.Sequential(model.fc)  # type: ignore[assignment]
-        fsr = FSRWrapper(model, fsr.optimizer, "fc", num_samples=N, config=fsr.config)
+        fsr = judge_soon(FSRWrapper(model, fsr.optimizer, "fc", num_samples=N, config=fsr.config), CLASSES)
     train(model, fsr, 2)
     batch = good()
     x = batch["x"].clone()
@@ -669,7 +708,8 @@ def test_nonfinite_skip_leaves_the_sample_out(linear: bool, rule: str, bad: floa
     loss.backward()
     assert loss.isfinite()
     assert fsr.weights[3] == 0
-    assert fsr.weights.sum() == pytest.approx(1, abs=1e-2)
+    if rule != "select":
+        assert fsr.weights.sum() == pytest.approx(1, abs=1e-2)
     assert torch.equal(fsr.scores[3], before[3])
     assert not torch.equal(fsr.scores[:3], before[:3])
     assert fsr.metrics()["fsr/skipped_samples"] == 1
@@ -677,8 +717,9 @@ def test_nonfinite_skip_leaves_the_sample_out(linear: bool, rule: str, bad: floa
     assert all(3 not in entries.index for entries in fsr.dictionary._buffer)
 
 
-def test_nonfinite_skip_keeps_the_gradients_of_an_overflowing_logit_out() -> None:
-    model, fsr = make(nonfinite="skip")
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_nonfinite_skip_keeps_the_gradients_of_an_overflowing_logit_out(options: dict[str, Any]) -> None:
+    model, fsr = make(**options, nonfinite="skip")
     train(model, fsr, 2)
     logits = model(good()["x"])
     overflow = torch.zeros_like(logits).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(torch.inf))
@@ -693,7 +734,7 @@ def test_nonfinite_reward_samples_are_left_out_and_counted(linear: bool, rule: s
     """Reward samples whose features are not finite any more steer nothing; the others say about the same."""
     weights, skipped = [], []
     for value in (None, bad):
-        model, fsr = make(weight_rule=rule, reward_batch_size=100)
+        model, fsr = make(**{**CLIP, "weight_rule": rule}, reward_batch_size=100)
         if not linear:
             model.fc = nn.Sequential(model.fc)  # type: ignore[assignment]
             fsr = FSRWrapper(model, fsr.optimizer, "fc", num_samples=N, config=fsr.config)
@@ -713,9 +754,10 @@ def test_nonfinite_reward_samples_are_left_out_and_counted(linear: bool, rule: s
     assert torch.corrcoef(torch.stack(weights))[0, 1] > 0.9
 
 
-def test_what_is_remembered_is_finite() -> None:
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_what_is_remembered_is_finite(options: dict[str, Any]) -> None:
     """With samples that are NaN or huge in the input, whatever else happens."""
-    model, fsr = make(norm=False, nonfinite="skip")
+    model, fsr = make(norm=False, **options, nonfinite="skip")
     x, y, _ = digits(0.3)
     x = x.clone()
     x[::9] = torch.nan
@@ -730,7 +772,10 @@ def test_what_is_remembered_is_finite() -> None:
     assert state["table"]["score"][visited].isfinite().all()
     assert state["pseudo"]["logits"].isfinite().all()
     assert fsr.dictionary.score.isfinite().all()
-    assert fsr.dictionary.draw(100).payload[0].isfinite().all()
+    if options:
+        assert fsr.dictionary.draw(100).payload[0].isfinite().all()
+    else:
+        assert state["log_prior"].isfinite().all()
     assert 0 not in fsr.dictionary.index % 9
 
 
@@ -741,7 +786,7 @@ def test_fresh_refuses_another_input_shape_before_anything_changes() -> None:
 
     model = Pooled(norm=False)
     inner = torch.optim.SGD(model.parameters(), 0.1)
-    fsr = FSRWrapper(model, inner, num_samples=N, reward="fresh", dictionary_size=100)
+    fsr = FSRWrapper(model, inner, num_samples=N, **CLIP, reward="fresh", dictionary_size=100)
     x, y, _ = digits()
     step(model, fsr, x[:50], y[:50], torch.arange(50))
     logits = model(F.pad(x[:50], (0, 3)))
@@ -754,7 +799,16 @@ def test_fresh_refuses_another_input_shape_before_anything_changes() -> None:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"reward": "fresh"}, {"num_samples": None, "samples_per_epoch": N}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_samples": None, "samples_per_epoch": N, "relabel_storage": 3},
+        CLIP,
+        {**CLIP, "reward": "fresh"},
+        {**CLIP, "num_samples": None, "samples_per_epoch": N},
+    ],
+)
 def test_resume_in_mid_epoch_is_bit_identical(options: dict[str, Any]) -> None:
     x, y, _ = digits(0.3)
     batches = list(torch.randperm(N, generator=torch.Generator().manual_seed(2)).split(48)) * 3
@@ -774,7 +828,7 @@ def test_resume_in_mid_epoch_is_bit_identical(options: dict[str, Any]) -> None:
 
 
 def test_plain_checkpoints_load_and_ours_load_plainly() -> None:
-    model, fsr = make()
+    model, fsr = make(**CLIP)
     train(model, fsr, 2)
     plain = torch.optim.SGD(model.parameters(), lr=7.0, momentum=0.9)
     plain.load_state_dict(fsr.state_dict())
@@ -788,7 +842,7 @@ def test_plain_checkpoints_load_and_ours_load_plainly() -> None:
 
 
 def test_checkpoints_that_do_not_fit_are_refused() -> None:
-    model, fsr = make()
+    model, fsr = make(**CLIP)
     train(model, fsr, 2)
     state = fsr.state_dict()
     before = snapshot(model, fsr)
@@ -799,11 +853,22 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
         ({"num_samples": N + 1}, "samples"),
         ({"dictionary_size": 77}, "dictionary_size=100"),
         ({"reward": "fresh"}, "reward='cached'"),
+        ({"weight_rule": "select"}, "weight_rule='clip', this run has 'select'.*pass 'clip'"),
+    ):
+        _, other = make(**{**CLIP, **options})
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    assert snapshot(model, fsr) == before
+    model, fsr = make()
+    train(model, fsr, 1)
+    state = fsr.state_dict()
+    for options, message in (
+        (CLIP, "weight_rule='select', this run has 'clip'"),
+        ({"relabel_storage": "int8"}, "int8"),
     ):
         _, other = make(**options)
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
-    assert snapshot(model, fsr) == before
 
 
 def test_state_dict_is_a_copy() -> None:
@@ -815,9 +880,10 @@ def test_state_dict_is_a_copy() -> None:
     assert torch.equal(state["table"]["score"], kept)
 
 
+@pytest.mark.parametrize("options", [{}, CLIP])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_train_on_by_themselves(how: str) -> None:
-    model, fsr = make()
+def test_copies_train_on_by_themselves(how: str, options: dict[str, Any]) -> None:
+    model, fsr = make(**options)
     train(model, fsr, 2, 0.3)
     pair = (model, fsr)
     twin_model, twin = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
@@ -839,7 +905,7 @@ def test_hooks_go_with_the_wrapper() -> None:
 
 
 def test_metrics() -> None:
-    model, fsr = make()
+    model, fsr = make(**CLIP)
     assert fsr.metrics() == {}
     train(model, fsr, 1, 0.4)
     warm = fsr.metrics()
@@ -850,6 +916,18 @@ def test_metrics() -> None:
     train(model, fsr, 4, 0.4)
     assert fsr.metrics()["fsr/zero_weight_ratio"] > 0.2
     assert all(isinstance(value, (int, float)) for value in warm.values())
+
+
+def test_metrics_where_labels_are_judged() -> None:
+    model, fsr = make()
+    train(model, fsr, 1, 0.4)
+    warm = fsr.metrics()
+    assert warm["fsr/zero_weight_ratio"] == pytest.approx(0.05, abs=0.03)  # what is held out
+    train(model, fsr, 1, 0.4)
+    judged = fsr.metrics()
+    assert judged["fsr/zero_weight_ratio"] == pytest.approx(0.3, abs=0.02)  # the share that is taken for wrong
+    assert judged["fsr/reward_loss"] == 0
+    assert judged["fsr/reweighting"] == 1
 
 
 def test_config_and_overrides() -> None:
