@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CLIP, judge_soon
 from test_wrapper import CLASSES, N, Net, digits, make, snapshot, step, train
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper
 from fsr_wrap.dictionary import RewardDictionary
 from fsr_wrap.pushers import ScoreTable
+from fsr_wrap.step import Reweighting
 
 # --- dtypes and devices ----------------------------------------------------------------------------------------------
 
@@ -34,9 +36,12 @@ def defaults(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterato
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"reward": "fresh", "weight_rule": "shift", "label_smoothing": 0.1},
-    {"nonfinite": "skip", "relabel_storage": "int8", "reward_every": 3, "pusher": "meta_margin"},
-    {"num_samples": None, "samples_per_epoch": N, "relabel_storage": 3, "pusher": "authors_margin", "max_weight": 2.0},
+    {"nonfinite": "skip", "relabel_storage": "int8", "label_smoothing": 0.1},
+    {"num_samples": None, "samples_per_epoch": N, "relabel_storage": 3, "pusher": "negative_loss"},
+    CLIP,
+    {**CLIP, "reward": "fresh", "weight_rule": "shift", "label_smoothing": 0.1},
+    {**CLIP, "nonfinite": "skip", "relabel_storage": "int8", "reward_every": 3, "pusher": "meta_margin"},
+    {**CLIP, "num_samples": None, "samples_per_epoch": N, "relabel_storage": 3, "pusher": "authors_margin"},
 ]
 
 
@@ -80,10 +85,10 @@ def test_tables_do_not_follow_the_defaults_of_torch(options: dict[str, Any], mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
-def test_true_precision_as_lightning_has_it(dtype: torch.dtype, reward: str) -> None:
+@pytest.mark.parametrize("options", [{}, CLIP, {**CLIP, "reward": "fresh"}], ids=["select", "cached", "fresh"])
+def test_true_precision_as_lightning_has_it(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """`bf16-true` and `64-true`: the model converted, and torch's default dtype set around each training step."""
-    model, fsr = make(reward=reward)
+    model, fsr = make(**options)
     model.to(dtype)
     x, y, _ = digits(0.3)
     for number in range(24):
@@ -98,11 +103,11 @@ def test_true_precision_as_lightning_has_it(dtype: torch.dtype, reward: str) -> 
     assert fsr.scores.isfinite().all()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.dtype == fsr.weights.dtype == wide
-    assert fsr.dictionary.draw(5).payload[0].dtype == dtype
+    assert not options or fsr.dictionary.draw(5).payload[0].dtype == dtype
 
 
 def test_a_gradient_that_serves_several_steps_follows_the_dtype() -> None:
-    model, fsr = make(reward_every=3)
+    model, fsr = make(**CLIP, reward_every=3)
     train(model, fsr, 1)
     x, y, _ = digits()
     step(model, fsr, x[:50], y[:50], torch.arange(50))
@@ -127,9 +132,10 @@ def everything_finite(fsr: FSRWrapper) -> bool:
     return all(bool(table.isfinite().all()) for table in tables)
 
 
+@pytest.mark.parametrize("options", [{}, CLIP])
 @pytest.mark.parametrize("pusher", ["area_under_margin", "negative_loss", "meta_margin"])
-def test_logits_that_float32_does_not_hold(pusher: str) -> None:
-    model, fsr = make(norm=False, pusher=pusher)
+def test_logits_that_float32_does_not_hold(pusher: str, options: dict[str, Any]) -> None:
+    model, fsr = make(norm=False, **options, pusher=pusher)
     model.double()
     with torch.no_grad():
         model.fc.weight.mul_(1e40)
@@ -160,7 +166,7 @@ def test_scores_that_are_not_finite_stay_out_of_the_dictionary() -> None:
 
 
 def test_a_first_batch_in_half_precision_does_not_bound_the_others() -> None:
-    model, fsr = make(norm=False)
+    model, fsr = make(norm=False, **CLIP)
     x, y, _ = digits()
     with torch.autocast("cpu", torch.float16):
         logits = model(x[:50])
@@ -190,31 +196,35 @@ class Mask(nn.Module):
         return z.masked_fill(torch.arange(CLASSES) > CLASSES - 3, torch.finfo(z.dtype).min)
 
 
+@pytest.mark.parametrize("rule", [{}, CLIP])
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-def test_logits_whose_sum_overflows_are_finite(nonfinite: str) -> None:
+def test_logits_whose_sum_overflows_are_finite(nonfinite: str, rule: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Masked()
     inner = torch.optim.SGD(model.parameters(), 0.1)
-    options = {"dictionary_size": 100, "warmup_epochs": 1, "relabel_weight": 0.0, "nonfinite": nonfinite}
-    fsr = FSRWrapper(model, inner, "fc", num_samples=N, **options)
+    options = {**rule, "dictionary_size": 100, "relabel_weight": 0.0, "nonfinite": nonfinite}
+    fsr = judge_soon(FSRWrapper(model, inner, "fc", num_samples=N, **options), CLASSES)
     x, y, _ = digits()
     for index in (torch.arange(N).split(50)) * 2:
         logits, target = model(x[index]), y[index] % (CLASSES - 2)
         loss = fsr.loss(logits, target, index)
-        if fsr.epoch == 0:
+        if fsr.epoch == 0 and rule:
             torch.testing.assert_close(loss, F.cross_entropy(logits, target))
         loss.backward()
         fsr.step()
         fsr.zero_grad()
     assert fsr.metrics()["fsr/skipped_samples"] == 0
     assert fsr.scores.isfinite().all()
-    assert fsr.weights.sum() == pytest.approx(1, abs=1e-5)
+    assert everything_finite(fsr)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not rule or fsr.weights.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_weights_sum_to_one_however_small_the_scores_are() -> None:
-    sums = []
+def test_weights_sum_to_one_however_small_the_scores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, scores = [], Reweighting._scores
     for rate in (1.0, 1e-9):
-        model, fsr = make(weight_lr=rate)
+        monkeypatch.setattr(Reweighting, "_scores", lambda *a, r=rate: (r * scores(*a)[0], *scores(*a)[1:]))
+        model, fsr = make(**CLIP)
         train(model, fsr, 2, 0.3)
         sums.append(fsr.weights.sum().item())
     assert sums == pytest.approx([1, 1], abs=1e-5)
@@ -223,11 +233,12 @@ def test_weights_sum_to_one_however_small_the_scores_are() -> None:
 # --- seeds and indices -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", [{}, CLIP])
 @pytest.mark.parametrize("seed", [4_500_000_000, 2**63, 10**40])
-def test_seeds_may_be_large(seed: int) -> None:
+def test_seeds_may_be_large(seed: int, rule: dict[str, Any]) -> None:
     model = Net()
     inner = torch.optim.SGD(model.parameters(), 0.1)
-    fsr = FSRWrapper(model, inner, num_samples=N, seed=seed, dictionary_size=100, warmup_epochs=1)
+    fsr = FSRWrapper(model, inner, num_samples=N, seed=seed, dictionary_size=100, **rule)
     train(model, fsr, 2)
     x, y, _ = digits()
     step(model, fsr, *fsr.mixup(x[:50], y[:50]), torch.arange(50))
