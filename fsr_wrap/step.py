@@ -364,7 +364,7 @@ class Reweighting:
         self, batch: _Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, mean_square: Tensor | None
     ) -> _Decision:
         """The batch's targets under the paper's rules: the given ones by their weights, and pseudo-labels by p/b."""
-        store, blend = self.memory.pseudo, torch.zeros_like(seen.logits)
+        store, blend = self.memory.pseudo, None
         if store is not None and seen.stored is not None and seen.squares is not None and mean_square is not None:
             pseudo = store.update(row, seen.logits, seen.stored, mean_square, seen.is_open)
             there = (seen.squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
@@ -372,6 +372,7 @@ class Reweighting:
                 pseudo, there = batch.mix.of(pseudo), there & there[batch.mix.partner]
             if self.is_active:
                 blend = pseudo * (there.to(weights.dtype) * (self.config.relabel_weight / size))[:, None]
+        blend = torch.zeros_like(seen.logits) if blend is None else blend
         return _Decision(weights, _blended(seen.at_head, weights, blend), size)
 
     def _select(

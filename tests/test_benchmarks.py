@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from helpers import CLIP, assert_close
 from test_wrapper import digits, make, train
 from torch import nn
 
@@ -31,9 +31,9 @@ def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
         nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 8), nn.BatchNorm1d(8), nn.Tanh()
     )
     model = nn.Sequential(model, nn.Linear(8, C)).double()
-    options = {"dictionary_size": 20, "reward_batch_size": Q, "warmup_epochs": 1, "relabel_weight": 0.0}
+    options = {"dictionary_size": 20, "reward_batch_size": Q, "relabel_weight": 0.0}
     inner = torch.optim.SGD(model.parameters(), lr=0.05)
-    fsr = FSRWrapper(model, inner, "all", num_samples=N, lookahead_lr=0.0, **options)
+    fsr = FSRWrapper(model, inner, "all", num_samples=N, lookahead_lr=0.0, **{**CLIP, **options})
     x, y = torch.randn(N, 2, 5, 5, dtype=torch.float64), torch.randint(C, (N,))
     for index in torch.arange(N).split(B):
         fsr.loss(model(x[index]), y[index], index).backward()
@@ -67,12 +67,20 @@ def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(gradients, torch.autograd.grad((weights * again).sum(), params), 1e-12)
 
 
-def test_a_step_is_few_operations() -> None:
+@pytest.mark.parametrize(
+    ("options", "judging", "most"),
+    [({}, False, 66), ({"class_balance": 0.0}, False, 65), ({}, True, 85), (CLIP, True, 91)],
+    ids=["plain", "plain, no balance", "judging", "clip"],
+)
+def test_a_step_is_few_operations(options: dict[str, Any], judging: bool, most: int) -> None:
     """On an accelerator an operation is about a kernel; what is done for 16 or 64 steps at once is left out here."""
     from cost import Counter
 
-    model, fsr = make(norm=False)
+    model, fsr = make(norm=False, **options)
+    if fsr.config.selects:
+        fsr._memory.selection.active = judging
     train(model, fsr, 2, 0.3)
+    assert fsr.is_reweighting == judging
     x, y, _ = digits(0.3)
     counts = []
     for index in torch.arange(len(x)).split(50)[:4]:
@@ -80,4 +88,4 @@ def test_a_step_is_few_operations() -> None:
         with Counter() as counter:
             fsr.loss(logits, y[index], index)
         counts.append(counter.number)
-    assert 40 < min(counts) <= 91, counts
+    assert most - 5 < min(counts) <= most, counts
