@@ -10,8 +10,9 @@ classes. On CUDA the large networks (wrn28_10 at 32×32; resnet50 and vit_base_p
 too, all in bfloat16 autocast, and all networks everywhere in channels_last.
 
 - *Time.* The variants take turns, step by step in one process and in an order that changes every round, each with a
-  model and an optimizer of its own on the same batches; FSR's have an epoch behind them and re-weight. Reported are the
-  median time of a step and the median of the ratios to the plain step of the same round, with the quartiles.
+  model and an optimizer of its own on the same batches; FSR's have an epoch behind them and re-weight by the paper's
+  rule. Reported are the median time of a step and the median of the ratios to the plain step of the same round, with
+  the quartiles.
 - *Memory.* The peak of ten steps in a fresh process for each variant: of the resident set on a CPU, of
   `torch.cuda.max_memory_allocated` on CUDA. Most of the former is PyTorch itself; so there is also the ratio of what
   exceeds a process that imports the same and builds the data.
@@ -54,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from networks import make_network
 from peers import PEERS
 
-from fsr_wrap import FSRWrapper, RewardDictionary, heads, pushers, relabel, replay, step
+from fsr_wrap import FSRConfig, FSRWrapper, RewardDictionary, heads, pushers, relabel, replay, step
 
 SAMPLES, BATCH_SIZE, REWARD_SIZE, LR = 4000, 100, 200, 0.01
 EPOCH = SAMPLES // BATCH_SIZE
@@ -66,18 +67,15 @@ FSR: dict[str, dict[str, Any]] = {
     "FSR cached + MixUp": {"pusher": "authors_margin"},
     "FSR full model": {"head": "all", "lookahead_lr": 0.0},  # L2R's meta-gradient
     "FSR full model, G every 5 steps": {"head": "all", "lookahead_lr": 0.0, "reward_every": 5},
-    "FSR cached, compiled": {"compile": True},  # only if asked for: needs a C++ compiler, or CUDA
 }
 FLOOR, BOTH = "plain + no-grad forward of q", "plain on b + q images"
 VARIANTS = ("plain", "FSR cached", "FSR fresh", FLOOR, *list(FSR)[2:], *PEERS, BOTH)
-DEFAULT = [name for name in VARIANTS if "compiled" not in name]
 PARTS = {
     "extra forward": ((replay.Replay, "_run"),),
     "meta": (
         *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
         *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
         *((heads.GradientStep, name) for name in ("reward_gradient", "scores_along")),
-        (heads.CompiledStep, "scores"),
     ),
     "dictionary": tuple((RewardDictionary, name) for name in ("push", "plan", "payload", "update")),
     "scores": (
@@ -136,7 +134,8 @@ class Run:
         self.fsr: FSRWrapper | None = None
         if variant in FSR:
             fixed = {"num_samples": SAMPLES, "warmup_epochs": 1, "reward_batch_size": REWARD_SIZE}
-            self.fsr = FSRWrapper(self.model, self.inner, **fixed, **FSR[variant])
+            paper = FSRConfig.preset("cifar_noise")
+            self.fsr = FSRWrapper(self.model, self.inner, config=paper, **fixed, **FSR[variant])
 
     def step(self, x: Tensor, y: Tensor, index: Tensor) -> None:
         """One step."""
@@ -364,7 +363,7 @@ def main() -> None:
     """Measures every network, prints the tables, writes the JSON and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", help="also names of timm; the default depends on the device")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON; networks that are in it already are not run again")

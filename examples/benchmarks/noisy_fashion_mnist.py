@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fsr_wrap import FSRWrapper
+from fsr_wrap import FSRConfig, FSRWrapper
 from fsr_wrap.pushers import PUSHERS
 
 TRAIN_SIZE, BATCH_SIZE, EPOCHS = 20_000, 100, 30
@@ -174,7 +174,10 @@ def train(method: Method, data: Data, seed: int, epochs: int) -> Result:
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     steps = TRAIN_SIZE // BATCH_SIZE
     scheduler = OneCycleLR(inner, 0.05, epochs=epochs, steps_per_epoch=steps)
-    fsr = None if method.fsr is None else FSRWrapper(model, inner, num_samples=TRAIN_SIZE, seed=seed, **method.fsr)
+    fsr: FSRWrapper | None = None
+    if method.fsr is not None:
+        paper = FSRConfig.preset("cifar_noise")
+        fsr = FSRWrapper(model, inner, num_samples=TRAIN_SIZE, config=paper, seed=seed, **method.fsr)
     optimizer = fsr or inner
     wrong = data.given != data.clean
     curve, seconds, on_wrong = [], 0.0, 0.0

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fsr_wrap import FSRWrapper, functional
+from fsr_wrap import FSRConfig, FSRWrapper, functional
 
 LOOKS = 8  # an epoch
 RATES = {"mlp": (0.02, 0.05, 0.2), "resnet": (0.02, 0.1, 0.4)}
@@ -134,7 +134,7 @@ def train(network: str, data: fashion.Data, lr: float, epochs: int, seed: int, r
     inner = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     schedule = OneCycleLR(inner, lr, epochs=epochs, steps_per_epoch=steps)
     options = {"dictionary_size": samples // 10, "reward": reward, "seed": seed}
-    fsr = FSRWrapper(model, inner, head, num_samples=samples, **options)
+    fsr = FSRWrapper(model, inner, head, num_samples=samples, config=FSRConfig.preset("cifar_noise"), **options)
     looks: list[dict[str, float]] = []
     for epoch, number, index in epochs_of(samples, epochs, seed):
         if reward == "cached" and epoch > 0 and number % max(1, steps // LOOKS) == steps // LOOKS // 2:
