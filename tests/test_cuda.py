@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import CLIP
 from test_wrapper import N, digits, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -15,12 +16,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
     "options",
     [
         {},
-        {"weight_rule": "shift"},
-        {"pusher": "meta_margin"},
+        {"pusher": "meta_margin", "relabel_storage": 3},
         {"nonfinite": "skip"},
-        {"reward": "fresh"},
-        {"reward_batch_size": 18, "relabel_storage": 3},  # inner products in place of the head's gradient
-        {"relabel_storage": "int8"},
+        CLIP,
+        {**CLIP, "weight_rule": "shift"},
+        {**CLIP, "pusher": "meta_margin"},
+        {**CLIP, "nonfinite": "skip"},
+        {**CLIP, "reward": "fresh"},
+        {**CLIP, "reward_batch_size": 18, "relabel_storage": 3},  # inner products in place of the head's gradient
+        {**CLIP, "relabel_storage": "int8"},
     ],
 )
 def test_loss_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
@@ -44,8 +48,9 @@ def test_loss_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
     assert 0 < (fsr.weights > 0).float().mean() <= 1
 
 
-def test_the_same_weights_as_on_the_host() -> None:
-    (host, on_host), (device, on_device) = make(norm=False), make(norm=False)
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_the_same_weights_as_on_the_host(options: dict[str, Any]) -> None:
+    (host, on_host), (device, on_device) = make(norm=False, **options), make(norm=False, **options)
     device.cuda()
     x, y, _ = digits(0.3)
     for _ in range(2):

@@ -460,7 +460,7 @@ def test_shut_classes_change_nothing(value: float, storage: Any) -> None:
 
 
 def test_a_class_that_opens_later_has_a_pseudo_label_again() -> None:
-    store = PseudoLabels(2, 3, 0.1, 1.0)
+    store = PseudoLabels(2, 3, 0.1)
     index, low = torch.arange(2), torch.tensor([[2.0, 1.0, -1e9], [1.0, 2.0, -1e9]])
     for logits in (low, low, torch.tensor([[2.0, 1.0, 3.0], [-1e9, -1e9, -1e9]]), torch.tensor([[2.0, 1.0, 3.0]] * 2)):
         stored, squares = store.stored(index, torch.float32)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, worker_warnings
+from helpers import CLIP, assert_close, worker_warnings
 from processes import run
 from test_state import FILES, names
 from test_wrapper import make, snapshot, train
@@ -193,8 +193,14 @@ def goes_on(model: nn.Module, fsr: FSRWrapper) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pusher": "forgetting_event", "relabel_storage": 3}, {"reward": "fresh", "relabel_weight": 0.0}],
-    ids=["default", "forgetting, K", "fresh"],
+    [
+        {},
+        {"relabel_storage": 3, "class_balance": 0.0},
+        CLIP,
+        {**CLIP, "pusher": "forgetting_event", "relabel_storage": 3},
+        {**CLIP, "reward": "fresh", "relabel_weight": 0.0},
+    ],
+    ids=["default", "K", "clip", "clip, forgetting, K", "clip, fresh"],
 )
 def test_strange_content_is_refused_or_harmless(options: dict[str, Any]) -> None:
     """States with one value of FSR's part exchanged: refused by a ValueError that leaves the wrapper as it was, or what

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import worker_warnings
+from helpers import CLIP, judge_soon, worker_warnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wrapper import make, snapshot, step, train
@@ -70,7 +70,7 @@ def test_save_and_load_without_pickle(build: Any, tmp_path: Path) -> None:
 
 
 def test_a_note_for_people(tmp_path: Path) -> None:
-    model, fsr = make(seed=3)
+    model, fsr = make(seed=3, **CLIP)
     fsr.save(tmp_path)
     note = json.loads((tmp_path / "fsr.json").read_text())
     assert (note["epoch"], note["num_classes"]) == (0, None)  # no batch has come yet
@@ -430,7 +430,7 @@ batches = st.lists(st.integers(0, SAMPLES - 1), min_size=1, max_size=10)
 options = st.fixed_dictionaries(
     {
         "reward": st.sampled_from(["cached", "fresh"]),
-        "weight_rule": st.sampled_from(["clip", "shift"]),
+        "weight_rule": st.sampled_from(["select", "clip", "shift"]),
         "relabel_weight": st.sampled_from([0.0, 2.0]),
     }
 )
@@ -441,7 +441,7 @@ def small_run(seed: int, build: Any, **options: Any) -> tuple[nn.Module, FSRWrap
     model = nn.Linear(4, KINDS)
     inner = build(model.parameters(), lr=0.05)
     options |= {"num_samples": SAMPLES, "dictionary_size": 6, "reward_batch_size": 4, "warmup_epochs": 1}
-    return model, FSRWrapper(model, inner, **options)
+    return model, judge_soon(FSRWrapper(model, inner, **options), KINDS)
 
 
 @pytest.mark.filterwarnings("ignore:FSR counts")  # among so few samples, chance may look like a loader's epoch
@@ -497,7 +497,7 @@ def test_stored_images_keep_their_memory_format(tmp_path: Path) -> None:
         body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
         model = body.to(memory_format=torch.channels_last)
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        options = {"dictionary_size": 6, "reward_batch_size": 5, "warmup_epochs": 1, "reward": "fresh"}
+        options = {"dictionary_size": 6, "reward_batch_size": 5, **CLIP, "reward": "fresh"}
         runs.append((model, FSRWrapper(model, inner, num_samples=20, **options)))
     x, y = torch.randn(20, 3, 6, 6).contiguous(memory_format=torch.channels_last), torch.arange(20) % 3
 
