@@ -2,12 +2,14 @@
 
     python examples/cifar.py --data DIR --noise column:worse_label --model test_resnet
     accelerate launch examples/cifar.py --noise uniform:0.4 --model resnet32            # CIFAR-10 from the hub
-    accelerate launch examples/cifar.py --data uoft-cs/cifar100 --label fine_label --imbalance 50 --deferred
+    accelerate launch examples/cifar.py --data uoft-cs/cifar100 --label fine_label --imbalance 50
+    python examples/cifar.py --noise uniform:0.4 --model resnet32 --paper --mixup       # the paper's own recipe
     python examples/cifar.py --noise uniform:0.4 --model resnet32 --method elr          # one of examples/methods
 
 `--data` is a data set of the Hugging Face hub, or a folder that `datasets` can read: parquet files named train* and
 test*, or an imagefolder with train/ and test/. The images are decoded once, resized to `--image-size` and kept in
-memory. The task chooses the preset of Table 4 and the schedule; every choice has a flag. With `--output-dir` a run that
+memory. FSR is the default configuration, or with `--paper` the preset of Table 4 for the task. The task chooses the
+schedule; every choice has a flag. With `--output-dir` a run that
 was stopped goes on bit for bit when it is called again with `--resume`.
 """
 
@@ -157,7 +159,10 @@ def standardise(images: Tensor) -> Tensor:
 
 
 def make_config(args: argparse.Namespace) -> FSRConfig:
-    """The preset of Table 4 for the task, with the arguments' choices on top."""
+    """The default or, for the paper's recipes, the preset of Table 4 for the task; the arguments' choices on top."""
+    chosen = json.loads(args.fsr) if args.fsr else {}
+    if not (args.paper or args.mixup or args.deferred):
+        return FSRConfig(**{"seed": args.seed, **chosen})
     noisy, long_tailed = args.noise != "none", args.imbalance > 1
     preset = {
         (True, False): "cifar_noise",
@@ -165,7 +170,6 @@ def make_config(args: argparse.Namespace) -> FSRConfig:
         (True, True): "cifar_long_tailed_noise",
         (False, False): "cifar_noise",
     }[noisy, long_tailed]
-    chosen = json.loads(args.fsr) if args.fsr else {}
     if args.deferred:
         chosen.setdefault("warmup_epochs", first_decay(args.epochs))
     if args.mixup:
@@ -372,8 +376,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=["fsr", "ce", *PEERS], default="fsr", help="see examples/methods")
     parser.add_argument("--clean-images", type=int, help="kept out of training for methods that need some: 1,000")
     parser.add_argument("--fsr", help='JSON of FSRConfig fields, as in \'{"pusher": "negative_loss"}\'')
-    parser.add_argument("--mixup", action="store_true", help="MixUp and the authors' margin, the paper's own recipe")
-    parser.add_argument("--deferred", action="store_true", help="re-weight from the first decay on (FSR-DF)")
+    parser.add_argument("--paper", action="store_true", help="the paper's re-weighting: Table 4's preset for the task")
+    parser.add_argument("--mixup", action="store_true", help="--paper with MixUp and the authors' margin, as they did")
+    parser.add_argument("--deferred", action="store_true", help="--paper, from the first decay on (FSR-DF)")
     parser.add_argument("--epochs", type=int, help="default: 127 with wrong labels, 200 for long tails alone")
     parser.add_argument("--schedule", choices=["restarts", "steps", "cosine"])
     parser.add_argument("--batch-size", type=int, help="a process; default: 100, or 128 for long tails")

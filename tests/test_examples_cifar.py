@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import cifar
 from networks import make_network
 
+from fsr_wrap import FSRConfig
+
 QUICK = ["--model", "test_resnet", "--batch-size", "50", "--quiet", "--lr", "0.05", "--augment", "none"]
 SHORT = ["--limit", "200", "--epochs", "3", "--augment", "crop", "--noise", "column:wrong_label"]  # 4 steps an epoch
 SHORT += ["--image-size", "16", "--test-limit", "100", "--fsr", '{"warmup_epochs": 1, "dictionary_size": 20}']
@@ -53,7 +55,15 @@ def run(folder: Path, *flags: str) -> dict[str, Any]:
 
 
 def test_wrong_labels_of_a_column(parquet: Path) -> None:
-    flags = ["--noise", "column:wrong_label", "--epochs", "3", "--fsr", '{"dictionary_size": 60, "warmup_epochs": 1}']
+    flags = [
+        "--noise",
+        "column:wrong_label",
+        "--epochs",
+        "3",
+        "--paper",
+        "--fsr",
+        '{"dictionary_size": 60, "warmup_epochs": 1}',
+    ]
     result = run(parquet, *flags)
     assert result["wrong"] == pytest.approx(0.2)
     assert result["samples"] == 600
@@ -120,11 +130,12 @@ def test_presets_follow_the_task() -> None:
     def config(*flags: str) -> Any:
         return cifar.make_config(cifar.parse(list(flags)))
 
-    assert config("--noise", "uniform:0.4").dictionary_size == 2000
+    assert config("--noise", "uniform:0.4", "--seed", "3") == FSRConfig(seed=3)
+    assert config("--noise", "uniform:0.4", "--paper") == FSRConfig.preset("cifar_noise")
     assert config("--noise", "uniform:0.4", "--mixup").pusher == "authors_margin"
-    assert config("--imbalance", "50").weight_rule == "shift"
+    assert config("--imbalance", "50", "--paper").weight_rule == "shift"
     assert config("--imbalance", "50", "--deferred").warmup_epochs == 160
-    assert config("--imbalance", "50", "--noise", "uniform:0.2").weight_rule == "clip"
+    assert config("--imbalance", "50", "--noise", "uniform:0.2", "--paper").weight_rule == "clip"
 
 
 def test_wrong_use_is_said(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:

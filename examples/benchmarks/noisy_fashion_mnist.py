@@ -38,15 +38,16 @@ TRAIN_SIZE, BATCH_SIZE, EPOCHS = 20_000, 100, 30
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: no `fsr` is cross-entropy; `mixup` mixes the batch."""
+    """A row of the table: no `fsr` is cross-entropy; `mixup` mixes the batch; `paper`, its preset for wrong labels."""
 
     name: str
     fsr: dict[str, Any] | None = None
     mixup: bool = False
+    paper: bool = True
 
 
 def pusher_rows(name: str) -> dict[str, Method]:
-    """Figure 5 (right): the default recipe with this pusher, without MixUp and with."""
+    """Figure 5 (right): `"clip"` and re-labelling with this pusher, without MixUp and with."""
     return {
         f"pusher-{name}": Method(f"FSR, {name}", {"pusher": name}),
         f"pusher-{name}-mixup": Method(f"FSR, {name} + MixUp", {"pusher": name}, True),
@@ -62,18 +63,19 @@ METHODS = {
     "negative-loss": Method("FSR, negative loss, cached", {"pusher": "negative_loss", "relabel_weight": 0.0}),
     "paper": Method("FSR, authors' margin + MixUp + re-labelling, cached", {"pusher": "authors_margin"}, True),
     "no-relabel": Method("FSR, area under margin, cached", {"relabel_weight": 0.0}),
-    "default-fresh": Method("FSR, default but fresh", {"reward": "fresh"}),
-    "depth-2": Method("FSR, default, Θ^meta = the last 2 layers", {"head": ["6", "7", "9"]}),
-    "depth-3": Method("FSR, default, Θ^meta = the last 3 layers", {"head": ["3", "4", "6", "7", "9"]}),
-    "depth-4": Method("FSR, default, Θ^meta = the whole network", {"head": "all"}),
+    "default-fresh": Method("FSR, clip, fresh", {"reward": "fresh"}),
+    "depth-2": Method("FSR, clip, Θ^meta = the last 2 layers", {"head": ["6", "7", "9"]}),
+    "depth-3": Method("FSR, clip, Θ^meta = the last 3 layers", {"head": ["3", "4", "6", "7", "9"]}),
+    "depth-4": Method("FSR, clip, Θ^meta = the whole network", {"head": "all"}),
     "depth-4-every-5": Method("the same, G every 5 steps", {"head": "all", "reward_every": 5}),
     "depth-4-every-20": Method("the same, G every 20 steps", {"head": "all", "reward_every": 20}),
-    "int8": Method("FSR, default, ŷ in int8", {"relabel_storage": "int8"}),
-    "largest-1": Method("FSR, default, the largest value of ŷ", {"relabel_storage": 1}),
-    "largest-3": Method("FSR, default, the 3 largest values of ŷ", {"relabel_storage": 3}),
-    "largest-10": Method("FSR, default, the 10 largest values of ŷ", {"relabel_storage": 10}),
+    "int8": Method("FSR, clip, ŷ in int8", {"relabel_storage": "int8"}),
+    "largest-1": Method("FSR, clip, the largest value of ŷ", {"relabel_storage": 1}),
+    "largest-3": Method("FSR, clip, the 3 largest values of ŷ", {"relabel_storage": 3}),
+    "largest-10": Method("FSR, clip, the 10 largest values of ŷ", {"relabel_storage": 10}),
     **{key: method for name in PUSHERS for key, method in pusher_rows(name).items()},
-    "default": Method("FSR, default (area under margin + re-labelling, cached)", {}),
+    "default": Method("FSR, clip (area under margin + re-labelling, cached)", {}),
+    "select": Method("FSR, default (select)", {}, paper=False),
 }
 
 
@@ -176,8 +178,8 @@ def train(method: Method, data: Data, seed: int, epochs: int) -> Result:
     scheduler = OneCycleLR(inner, 0.05, epochs=epochs, steps_per_epoch=steps)
     fsr: FSRWrapper | None = None
     if method.fsr is not None:
-        paper = FSRConfig.preset("cifar_noise")
-        fsr = FSRWrapper(model, inner, num_samples=TRAIN_SIZE, config=paper, seed=seed, **method.fsr)
+        config = FSRConfig.preset("cifar_noise") if method.paper else None
+        fsr = FSRWrapper(model, inner, num_samples=TRAIN_SIZE, config=config, seed=seed, **method.fsr)
     optimizer = fsr or inner
     wrong = data.given != data.clean
     curve, seconds, on_wrong = [], 0.0, 0.0
@@ -246,7 +248,9 @@ def main() -> None:
     usual = [name for name in METHODS if not name.startswith("pusher-")]
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual)
     parser.add_argument("--pushers", action="store_true", help="all pushers with MixUp and without (Figure 5, right)")
-    parser.add_argument("--clean-methods", nargs="+", choices=METHODS, default=["ce", "default"], help="at noise 0")
+    parser.add_argument(
+        "--clean-methods", nargs="+", choices=METHODS, default=["ce", "default", "select"], help="at noise 0"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--pairs", action="store_true", help="100 classes: two images side by side")

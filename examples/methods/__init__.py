@@ -18,7 +18,7 @@ from .d2l import D2L
 from .elr import ELR
 from .focal import Focal
 from .forward_correction import ForwardCorrection
-from .fsr import FSR, FSRLongTail, FSRPaper
+from .fsr import FSR, FSRClip, FSRLongTail, FSRPaper
 from .gce import GCE, TruncatedGCE
 from .incv import INCV
 from .l2r import L2R
@@ -62,6 +62,7 @@ METHODS: dict[str, type[Method]] = {
     "ldam-drw": LDAM,
     "remix": Remix,
     "fsr": FSR,
+    "fsr-clip": FSRClip,
     "fsr-paper": FSRPaper,
     "fsr-long-tail": FSRLongTail,
 }

@@ -44,6 +44,15 @@ class FSR(Method):
         return self.wrapper.metrics()
 
 
+class FSRClip(FSR):
+    """Table 4's row for CIFAR with noise, without MixUp and so with the area under the margin."""
+
+    title = "FSR, clip (no MixUp)"
+
+    def make_config(self, **fields: Any) -> FSRConfig:
+        return FSRConfig.preset("cifar_noise", **fields)
+
+
 class FSRPaper(FSR):
     """Table 4's row for CIFAR with noise, MixUp and the released margin."""
 
