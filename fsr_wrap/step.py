@@ -50,13 +50,14 @@ class _Accepted:
 
 @dataclass
 class _Decision:
-    """How a batch is trained on: the weights (b,), the targets with the weights in them (b, C), b everywhere, and the
-    averaged probabilities that predictions are pulled to, (b, C), if they are."""
+    """How a batch is trained on: the weights (b,), the targets with the weights in them (b, C), b everywhere, the
+    averaged probabilities that predictions are pulled to, (b, C), if they are, and the classes' log-prior (C,)."""
 
     weights: Tensor
     target: Tensor
     size: int
     average: Tensor | None = None
+    prior: Tensor | None = None
 
 
 @dataclass
@@ -270,15 +271,16 @@ class Reweighting:
     def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
         logits = batch.logits.to(meta_dtype(batch.logits))
-        prior = self.head.log_prior = self.memory.log_prior
-        adjusted = logits if prior is None else logits + prior
         decision = self._replayed.popleft() if self._replayed else None
+        # An epoch may have ended since the decision was made, and the classes be counted anew.
+        prior = self.head.log_prior = self.memory.log_prior if decision is None else decision.prior
+        adjusted = logits if prior is None else logits + prior
         size = 0
         if decision is None:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
             with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute(), kept:
                 decision = self._decide(batch, logits.detach(), adjusted.detach())
-            size = decision.size
+            size, decision.prior = decision.size, prior
             if self._recorded is not None:
                 self._recorded.append(decision)
         # Σ ω_i ℓ_i + Σ s_i CE(ŷ_i) is one cross-entropy, with the targets ω_i y_i + s_i ŷ_i.
