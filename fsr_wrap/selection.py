@@ -115,10 +115,13 @@ class Selection:
         apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
         if epoch + 1 >= _VISITS and (not self.estimated or (learns and not stalls)):
-            # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
-            found = wrong_shares(*average.surest(), given, seen)
-            self.share = torch.minimum(self.share, found) if self.estimated else found
-            self.estimated = True
+            confidence, predicted, prior = average.surest()
+            averaged = seen & (confidence > 0)
+            if averaged.any():
+                # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
+                found = wrong_shares(confidence, predicted, prior, given, averaged)
+                self.share = torch.minimum(self.share, found) if self.estimated else found
+                self.estimated = True
 
     def _judged(self, score: Tensor, given: Tensor) -> Tensor:
         """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""
