@@ -68,13 +68,14 @@ def check_state(state: State, *, metrics: int, planned: int) -> None:
     rows, classes = len(state["table"]["score"]), state["dictionary"]["num_classes"]
     _need(rows > state["largest"] and samples in (None, rows), "table", f"{rows} rows")
     _check_table(state, rows)
-    _check_dictionary(state["dictionary"], rows, bare=state["config"]["weight_rule"] == "select")
-    if "given" in state:
+    selects = state["config"]["weight_rule"] == "select"
+    _check_dictionary(state["dictionary"], rows, bare=selects)
+    if selects or "given" in state:
         label = _tensor(state["given"], "label", label_dtype(classes), (rows,))
         _need(_within(label, -1, classes), "given/label", "a class that is not there")
-    if "pseudo" in state:
+    if selects or "pseudo" in state:
         _check_pseudo(state["pseudo"], rows, classes, state["config"]["relabel_storage"])
-    if state["config"]["weight_rule"] == "select":
+    if selects:
         _check_selection(state["selection"], rows, classes)
     if "log_prior" in state:
         prior = _tensor(state, "log_prior", torch.float32, (classes,))
