@@ -144,8 +144,8 @@ class Memory:
         if self.selection is not None:
             counts &= self.selection.code[:-1] != WRONG
         number = torch.bincount(given[counts].long(), minlength=self.dictionary.num_classes)
-        share = number.clamp(min=1).double() / number.double().mean().clamp(min=1e-12)
-        self.log_prior = (self.config.class_balance * share.log()).float()
+        number = number.clamp(min=1).double()
+        self.log_prior = (self.config.class_balance * (number / number.mean()).log()).float()
 
     def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Labels (q,) and payloads of the next reward batch."""
