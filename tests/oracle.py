@@ -1,7 +1,7 @@
 """The whole of FSR once more, plainly: float64, one process, one sample after another.
 
 Written from the paper and the docs as a twin for `test_property.py`. It shares no code with the library; of the
-library's numbers it takes the draws of reward samples, and what it rounds when it stores it (`adopt`).
+library's numbers it takes the draws of reward samples and of samples held out, and what is rounded where it is stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
+
 Params = dict[str, Tensor]
+TRAINED, HELD, WRONG = "trained on", "held out", "taken for wrong"
 
 
 def body(p: Params, x: Tensor) -> Tensor:
@@ -57,6 +60,7 @@ class Batch:
     share: list[float] = field(default_factory=list)
     spoiled: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
+    own_label: bool = True  # not guessed from a soft target
 
 
 @dataclass
@@ -67,8 +71,8 @@ class Sample:
     epoch: int = -1  # of the last visit
     ever_right: bool = False
     last_right: bool = False
-    pseudo: Tensor | None = None  # ŷ, (C,)
-    square: float = 0.0  # mean of ŷ²
+    pseudo: Tensor | None = None  # ŷ, or p̄, (C,)
+    square: float = 0.0  # its mean square
 
 
 @dataclass
@@ -90,10 +94,20 @@ class Result:
 
 class Oracle:
     """FSR of a configuration `c` (all its fields), for C classes; `per_epoch` samples make an epoch, if it is known;
-    `deep`: the names of Θ^meta where it is more than the head."""
+    `deep`: the names of Θ^meta where it is more than the head; `held`: the samples that are held out."""
 
-    def __init__(self, c: Any, classes: int, per_epoch: int | None, deep: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, c: Any, classes: int, per_epoch: int | None, deep: tuple[str, ...] = (), held: tuple[int, ...] = ()
+    ) -> None:
         self.c, self.classes, self.per_epoch, self.deep = c, classes, per_epoch, deep
+        self.prior = torch.zeros(classes, dtype=torch.float64)  # τ log π
+        self.given: dict[int, int] = {}  # the label of each sample, as it came last
+        self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
+        self.judging = self.estimated = False
+        self.wrong = [0.0] * classes  # the share of wrong labels of each given class
+        self.agreement: list[tuple[float, float]] = []
+        self.apart = 0
+        self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
         self.quota = max(1, c.dictionary_size // classes)
         self.epoch = self.consumed = self.age = 0
         self.samples: dict[int, Sample] = {}
@@ -107,8 +121,12 @@ class Oracle:
         self.steps: list[dict[str, float]] = []
 
     @property
+    def selects(self) -> bool:
+        return self.c.weight_rule == "select"
+
+    @property
     def active(self) -> bool:
-        return self.epoch >= self.c.warmup_epochs and bool(self.members)
+        return self.judging if self.selects else self.epoch >= self.c.warmup_epochs and bool(self.members)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +136,7 @@ class Oracle:
         features = body(leaves, batch.inputs.double())
         logits = head(leaves, features)
         target = self.smooth(self.rows(batch.target))
-        losses = cross_entropy(logits, target)
+        losses = cross_entropy(logits + self.prior, target)
         rows = [i for i in range(b) if logits[i].isfinite().all() and i not in batch.spoiled]
         clean = clean_features = batch.inputs.double()
         clean_logits = logits.detach()
@@ -132,12 +150,18 @@ class Oracle:
 
         values = {name: value.detach() for name, value in leaves.items()}
         ahead, scores, reward_loss = self.look_ahead(values, features.detach(), target, rows, b, draw)
-        weights, condition = self.weigh(scores, rows, b)
-        pseudo, share = self.relabel(batch, clean_logits, rows, b)
-        total = sum((weights[i] * losses[i] for i in rows), torch.zeros((), dtype=torch.float64))
+        total = torch.zeros((), dtype=torch.float64)
+        if self.selects:
+            (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
+            for i in rows:
+                agreement = (average[i] * logits[i].softmax(0)).sum()
+                total = total + c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
+        else:
+            weights, condition = self.weigh(scores, rows, b)
+            pseudo, share = self.relabel(batch, clean_logits, rows, b)
+            wanted = [weights[i] * target[i] + share[i] * pseudo[i] for i in range(b)]
         for i in rows:
-            if share[i]:
-                total = total + share[i] * cross_entropy(logits[i : i + 1], pseudo[i][None])[0]
+            total = total + cross_entropy((logits[i] + self.prior)[None], wanted[i][None])[0]
         trained = total if total.requires_grad else 0 * logits.sum()
         gradient = dict(zip(leaves, torch.autograd.grad(trained, list(leaves.values())), strict=True))
 
@@ -145,6 +169,8 @@ class Oracle:
         payload = clean if c.reward == "fresh" else clean_features
         for i in rows:
             sample = self.samples.setdefault(batch.index[i], Sample())
+            if batch.own_label and i not in batch.hidden:
+                self.given[batch.index[i]] = batch.label[i]
             if sample.epoch == self.epoch:
                 continue  # once an epoch
             label, right = batch.label[i], clean_logits[i].argmax().item() == batch.label[i]
@@ -155,7 +181,9 @@ class Oracle:
             if i in batch.hidden:
                 continue  # neither a candidate, nor has it a pseudo-label
             self.candidates[batch.index[i]] = Entry(label, payload[i])
-            if c.relabel_weight:
+            if self.selects:
+                self.store(sample, self.averaged(sample, clean_logits[i].softmax(0)))
+            elif c.relabel_weight:
                 self.renew(sample, clean_logits[i])
 
         square = weights.square().sum().item()
@@ -197,14 +225,14 @@ class Oracle:
         names = [name for name in p if (name in self.deep if self.deep else name.startswith("head."))]
         phi = {name: p[name].clone().requires_grad_() for name in names}
         omega = torch.full((len(rows),), 1 / b, dtype=torch.float64, requires_grad=True)
-        losses = cross_entropy(self.forward({**p, **phi}, h[rows]), target[rows]) if rows else omega
+        losses = cross_entropy(self.forward({**p, **phi}, h[rows]) + self.prior, target[rows]) if rows else omega
         gradient = torch.autograd.grad((omega * losses).sum(), list(phi.values()), create_graph=True, allow_unused=True)
         ahead = {
             name: phi[name] if g is None else phi[name] - c.lookahead_lr * g
             for name, g in zip(names, gradient, strict=True)
         }
         after = {name: value.detach() for name, value in ahead.items()}
-        if not self.active:
+        if self.selects or not self.active:
             return after, None, 0.0
         if c.reward_every == 1 or self.age % c.reward_every == 0:
             reward_loss = self.reward_loss(p, ahead, draw())
@@ -235,7 +263,7 @@ class Oracle:
         if self.c.reward == "fresh" and not self.deep:
             h = body(p, h)
         target = self.smooth(self.rows(torch.tensor([entry.label for entry in entries])))
-        return cross_entropy(self.forward({**p, **ahead}, h), target).mean()
+        return cross_entropy(self.forward({**p, **ahead}, h) + self.prior, target).mean()
 
     def gamble(self, drawn: int) -> None:
         """One of a class was drawn; its places count from both ends."""
@@ -251,17 +279,14 @@ class Oracle:
             for i in rows:
                 weights[i] = 1 / b
         elif rows:
-            scaled = {i: self.c.weight_lr * score for i, score in scores.items()}
-            lowest = min(scaled.values())
+            lowest = min(scores.values())
             for i in rows:
-                weights[i] = max(0.0, scaled[i]) if self.c.weight_rule == "clip" else scaled[i] - lowest + 1 / b
-            total, size = weights.sum().item(), sum(abs(score) for score in scaled.values())
-            margin = total or -max(scaled.values())
+                weights[i] = max(0.0, scores[i]) if self.c.weight_rule == "clip" else scores[i] - lowest + 1 / b
+            total, size = weights.sum().item(), sum(abs(score) for score in scores.values())
+            margin = total or -max(scores.values())
             condition = 1 + size / margin if margin else math.inf
             if total > 0:
                 weights = weights / total
-        if self.c.max_weight is not None and scores is not None:
-            weights = weights.clamp(max=self.c.max_weight / b)
         return weights, condition
 
     def value(self, logits: Tensor, label: int, loss: float, ahead: Tensor, sample: Sample, right: bool) -> float:
@@ -295,7 +320,7 @@ class Oracle:
             stored = held[i].pseudo
             if stored is None:
                 continue
-            pseudo[i] = (stored / self.rms / self.c.relabel_temperature).softmax(0)
+            pseudo[i] = (stored / self.rms).softmax(0)
             seen[i] = i in new and i not in batch.hidden and batch.index[i] not in met
             if i in new:
                 met.add(batch.index[i])
@@ -310,9 +335,17 @@ class Oracle:
         return pseudo, share
 
     def renew(self, sample: Sample, logits: Tensor) -> None:
-        """ŷ_t = β ŷ_{t−1} / RMS + (1−β) f(x), as far as the storage keeps it."""
-        old = torch.zeros_like(logits) if sample.pseudo is None else sample.pseudo / self.rms
-        new = self.c.relabel_momentum * old + (1 - self.c.relabel_momentum) * logits
+        """ŷ_t = β ŷ_{t−1} / RMS + (1−β) f(x)."""
+        old = None if sample.pseudo is None else sample.pseudo / self.rms
+        self.store(sample, self.averaged(replace(sample, pseudo=old), logits))
+
+    def averaged(self, sample: Sample, value: Tensor) -> Tensor:
+        """β of the old value, 1−β of the new one."""
+        new = (1 - self.c.relabel_momentum) * value
+        return new if sample.pseudo is None else self.c.relabel_momentum * sample.pseudo + new
+
+    def store(self, sample: Sample, new: Tensor) -> None:
+        """As far as the storage keeps it."""
         sample.square = new.square().mean().item()
         number = self.c.relabel_storage
         if isinstance(number, int) and number < self.classes:
@@ -320,6 +353,105 @@ class Oracle:
             new = new.clone()
             new[order[number:]] = new[order[number:]].mean()
         sample.pseudo = new
+
+    # --- judging given labels ----------------------------------------------------------------------------------------
+
+    def select(self, batch: Batch, target: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """ω; the targets with the weights in them; p̄, which predictions are pulled to."""
+        b = len(batch.index)
+        codes = [self.codes.get(index, TRAINED) for index in batch.index]
+        part = max(1, sum(codes[i] != HELD for i in rows))
+        weights = torch.zeros(b, dtype=torch.float64)
+        wanted, average = torch.zeros(2, b, self.classes, dtype=torch.float64)
+        if batch.clean is not None:  # each part of a mixed image is weighed for itself
+            target = self.smooth(self.rows(torch.tensor(batch.label)))
+        for i in rows:
+            p = self.samples.get(batch.index[i], Sample()).pseudo
+            if codes[i] == TRAINED:
+                weights[i] = 1 / part
+                wanted[i] += target[i] / part
+            if self.judging and p is not None and i not in batch.hidden:
+                average[i] = p / p.sum()
+                if codes[i] == WRONG:
+                    wanted[i] += p**2 / (p**2).sum() / part
+        if batch.clean is not None:
+            pairs = list(enumerate(zip(batch.partner, batch.share, strict=True)))
+            wanted = torch.stack([m * wanted[i] + (1 - m) * wanted[j] for i, (j, m) in pairs])
+            average = torch.stack([m * average[i] + (1 - m) * average[j] for i, (j, m) in pairs])
+        return weights, wanted, average
+
+    def judge_all(self) -> None:
+        """At the end of an epoch, which is `self.epoch - 1`."""
+        if not self.judging:
+            self.watch()
+            enough = self.epoch >= self.c.warmup_epochs
+            self.judging = self.apart >= 2 and self.estimated and enough
+        if self.judging:
+            self.judge()
+
+    def watch(self) -> None:
+        seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]
+        held = [i for i in seen if self.codes.get(i) == HELD]
+        inside, outside = (
+            sum(self.samples[i].last_right for i in those) / max(1, len(those))
+            for those in ([i for i in seen if i not in held], held)
+        )
+        gap, error = inside - outside, math.sqrt(max(outside * (1 - outside), 1e-4) / max(1, len(held)))
+        learns, stalls = False, True
+        if len(self.agreement) == 2:
+            before, before_outside = self.agreement[0]
+            learns = inside > constants._GROWTH**2 * before
+            gain, gain_outside = inside - before, outside - before_outside
+            stalls = gain_outside <= 0 or gain_outside <= gain / 2
+        self.agreement = [*self.agreement, (inside, outside)][-2:]
+        self.apart += 1
+        if not held or not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
+            self.apart = 0
+        anchors = [i for i in seen if self.samples[i].pseudo is not None]
+        if self.epoch >= constants._VISITS and anchors:
+            if not self.estimated:
+                self.wrong = self.wrong_shares(anchors)
+            elif learns and not stalls:
+                self.wrong = [min(pair) for pair in zip(self.wrong, self.wrong_shares(anchors), strict=True)]
+            self.estimated = True
+
+    def wrong_shares(self, seen: list[int]) -> list[float]:
+        """By Bayes from the anchors: P(true g | given g), for each g."""
+        average = {i: s.pseudo / s.pseudo.sum() for i, s in self.samples.items() if s.pseudo is not None}
+        prior = (sum(average.values()) / len(average)).tolist()
+        anchors: list[list[int]] = []
+        for c in range(self.classes):
+            those = [i for i in seen if average[i].argmax().item() == c]
+            those.sort(key=lambda i: (-self.surest(i, average[i].max().item()), i))
+            enough = max(int(len(those) * constants._ANCHORS), min(len(those), constants._FEW_ANCHORS))
+            anchors.append(those[:enough])
+
+        def joint(c: int, g: int) -> float:
+            """P(true c, given g), with one right label more."""
+            number = sum(self.given[i] == g for i in anchors[c]) + (c == g)
+            return prior[c] * number / (len(anchors[c]) + 1)
+
+        everybody = range(self.classes)
+        overall = 1 - sum(joint(c, c) for c in everybody)  # the joint probabilities sum to 1
+        shares = []
+        for g in everybody:
+            alone = 1 - joint(g, g) / max(1e-12, sum(joint(c, g) for c in everybody))
+            n = len(anchors[g])
+            share = (n * alone + constants._FEW * overall) / (n + constants._FEW)
+            shares.append(torch.tensor(share, dtype=torch.float32).item())
+        return shares
+
+    def judge(self) -> None:
+        self.codes = {}
+        for g in range(self.classes):
+            those = sorted((i for i in self.given if self.given[i] == g), key=lambda i: (self.samples[i].score, i))
+            self.codes.update(dict.fromkeys(those[: int(len(those) * self.wrong[g])], WRONG))
+
+    def count_classes(self) -> None:
+        """τ log π, of labels that are not taken for wrong; a class has one sample at least."""
+        believed = [g for i, g in self.given.items() if self.codes.get(i) != WRONG]
+        share = torch.tensor([float(max(1, believed.count(g))) for g in range(self.classes)], dtype=torch.float64)
+        self.prior = self.c.class_balance * (share / share.sum()).log()
 
     # --- the dictionary ----------------------------------------------------------------------------------------------
 
@@ -342,6 +474,9 @@ class Oracle:
         self.drawn.clear()
         self.epoch += 1
         self.consumed = 0
+        if self.selects:
+            self.judge_all()
+        self.count_classes()
 
     def metrics(self) -> dict[str, float]:
         if not self.samples and not self.steps:

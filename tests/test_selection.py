@@ -1,0 +1,683 @@
+"""Which given labels are wrong: what is held out, when the network is seen to learn by heart, and who is judged how."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from test_wrapper import frozen
+from torch import Tensor, nn
+
+from fsr_wrap import FSRWrapper, selection
+from fsr_wrap.memory import Memory
+from fsr_wrap.pushers import LAST, NEVER, ScoreTable
+from fsr_wrap.relabel import PseudoLabels
+from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection, _rank, wrong_shares
+
+# --- the shares of wrong labels --------------------------------------------------------------------------------------
+
+
+def slow_shares(
+    confidence: list[float], predicted: list[int], prior: list[float], given: list[int], seen: list[bool]
+) -> list[float]:
+    """P(true g | given g) by Bayes, one anchor after another."""
+    everybody = range(len(prior))
+    anchors = []
+    for c in everybody:
+        those = sorted((i for i, p in enumerate(predicted) if p == c and seen[i]), key=lambda i: (-confidence[i], i))
+        anchors.append(those[: max(len(those) // 5, min(len(those), 20))])
+    joint = [
+        [prior[c] * (sum(given[i] == g for i in anchors[c]) + (c == g)) / (len(anchors[c]) + 1) for g in everybody]
+        for c in everybody
+    ]
+    overall = 1 - sum(joint[c][c] for c in everybody) / sum(map(sum, joint))
+    shares = []
+    for g in everybody:
+        mass, n = sum(joint[c][g] for c in everybody), len(anchors[g])
+        shares.append((n * (1 - joint[g][g] / mass if mass else 1.0) + 10 * overall) / (n + 10))
+    return shares
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_the_shares_are_those_of_a_slow_twin(case: int) -> None:
+    torch.manual_seed(case)
+    classes, number = [2, 3, 5, 30][case % 4], [6, 60, 700, 3000][case // 2]
+    confidence = torch.rand(number)
+    if case % 2:
+        confidence = (8 * confidence).round() / 8  # many are equally sure
+    predicted, given = torch.randint(classes, (2, number))
+    given = torch.where(torch.rand(number) < 0.6, predicted, given)
+    seen, prior = torch.rand(number) < 0.8, torch.rand(classes).softmax(0)
+    found = wrong_shares(confidence, predicted, prior, given, seen)
+    assert found.dtype == torch.float32
+    assert ((found >= 0) & (found <= 1)).all()
+    columns = [one.tolist() for one in (confidence, predicted, prior, given, seen)]
+    assert_close(found.tolist(), slow_shares(*columns), 1e-6)
+
+
+def network(true: Tensor, classes: int, mistakes: float = 0.15) -> tuple[Tensor, Tensor, Tensor]:
+    """What a network that has learned the true classes, and nothing by heart, is sure of: it errs where it is least
+    sure."""
+    confidence = 0.3 + 0.7 * torch.rand(len(true))
+    other = torch.randint(classes, true.shape)
+    predicted = torch.where(confidence < 0.3 + 0.7 * mistakes, other, true)
+    return confidence, predicted, torch.bincount(true, minlength=classes) / len(true)
+
+
+def uniform(true: Tensor, classes: int, rate: float) -> Tensor:
+    return torch.where(torch.rand(len(true)) < rate, torch.randint(classes, true.shape), true)
+
+
+def actual(true: Tensor, given: Tensor, classes: int) -> Tensor:
+    number = torch.bincount(given, minlength=classes)
+    return torch.bincount(given[given != true], minlength=classes) / number.clamp(min=1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.7])
+def test_shares_of_uniform_noise_are_found(rate: float) -> None:
+    torch.manual_seed(0)
+    true = torch.randint(10, (20_000,))
+    given = uniform(true, 10, rate)
+    found = wrong_shares(*network(true, 10), given, torch.ones(len(true), dtype=torch.bool))
+    assert_close(found, actual(true, given, 10), 0.03 if rate else 0.005)
+
+
+def test_shares_of_asymmetric_noise_are_found_class_by_class() -> None:
+    """40 % of class 1 are given as 0: of those given as 0 many are wrong, of those given as 1 none."""
+    torch.manual_seed(0)
+    true = torch.randint(5, (20_000,))
+    given = torch.where((true == 1) & (torch.rand(len(true)) < 0.4), 0, true)
+    found = wrong_shares(*network(true, 5), given, torch.ones(len(true), dtype=torch.bool))
+    assert_close(found, actual(true, given, 5), 0.03)
+    assert found[0] > 0.25
+    assert found[1:].max() < 0.01
+
+
+def test_shares_of_a_long_tail_are_found() -> None:
+    """Uniform noise puts more wrong labels into a small class than it leaves right ones."""
+    torch.manual_seed(0)
+    true = torch.cat([torch.full((int(5000 * 50 ** (-c / 9)),), c) for c in range(10)])
+    given = uniform(true, 10, 0.4)
+    expected = actual(true, given, 10)
+    assert expected[9] > 0.8
+    assert expected[0] < 0.2
+    found = wrong_shares(*network(true, 10, mistakes=0.05), given, torch.ones(len(true), dtype=torch.bool))
+    assert_close(found, expected, 0.1)
+
+
+def test_a_class_of_no_anchors_takes_the_share_of_all() -> None:
+    torch.manual_seed(0)
+    true = torch.randint(4, (8000,))
+    given = uniform(true, 4, 0.3)
+    confidence, predicted, prior = network(true, 4, mistakes=0.0)
+    predicted[predicted == 2] = 3
+    found = wrong_shares(confidence, predicted, prior, given, torch.ones(len(true), dtype=torch.bool))
+    assert found.isfinite().all()
+    # Half of the anchors of 3 are of class 2.
+    assert 0.2 < found[2] < 0.6
+    nobody = wrong_shares(confidence, predicted, prior, given, torch.zeros(len(true), dtype=torch.bool))
+    assert nobody.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 500])
+def test_ranks_are_those_of_a_loop(number: int) -> None:
+    torch.manual_seed(number)
+    value, group = (5 * torch.rand(number)).round(), torch.randint(9, (number,)) ** 2
+    value[torch.rand(number) < 0.1] = -torch.inf
+    expected = []
+    for i in range(number):
+        alike = [j for j in range(number) if group[j] == group[i]]
+        expected.append(sorted(alike, key=lambda j: (value[j].item(), j)).index(i))
+    assert _rank(value, group).tolist() == expected
+
+
+# --- who is held out -------------------------------------------------------------------------------------------------
+
+
+def made(number: int, classes: int = 3, *, known: bool = True, seed: int = 0) -> Selection:
+    return Selection(number, classes, known=known, seed=seed, device="cpu")
+
+
+def held(one: Selection) -> Tensor:
+    return one.code[:-1] == HELD
+
+
+@pytest.mark.parametrize(
+    ("number", "known", "share"),
+    [
+        (100_000, False, 0.02),
+        (30_000, True, 0.02),
+        (5_000, True, 0.04),  # 200 of them
+        (1_000, True, 0.05),
+        (500_000, True, 0.002),  # 1,000 of them
+    ],
+)
+def test_the_share_that_is_held_out(number: int, known: bool, share: float) -> None:
+    for seed in (0, 1, 12_345):
+        found = held(made(number, known=known, seed=seed)).sum().item()
+        assert abs(found - number * share) < 4 * math.sqrt(number * share)
+
+
+def test_it_makes_no_difference_when_the_tables_grow() -> None:
+    whole, grown = made(5000, known=False, seed=3), made(1, known=False, seed=3)
+    for number in (2, 64, 64, 1000, 70, 5000):
+        grown.grow(number)
+        assert grown.code[-1] == TRAINED  # the spare row is nobody's
+    assert torch.equal(grown.code, whole.code)
+
+
+def test_seeds_hold_out_others() -> None:
+    number = 200_000
+    sets = [held(made(number, known=False, seed=seed)) for seed in (0, 1, 2, 1000)]
+    for i, one in enumerate(sets):
+        for other in sets[:i]:
+            assert abs((one & other).sum().item() - 0.0004 * number) < 4 * math.sqrt(0.0004 * number)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 10, 100, 128])
+def test_no_class_is_spared_where_classes_take_turns(stride: int) -> None:
+    """Data sets are often sorted, or lie class by class in turn; neighbours are held out independently too."""
+    number = 400_000
+    one = held(made(number, known=False)).double()
+    mean, each = one.mean(), number // stride
+    off = (one[: each * stride].view(each, stride).mean(0) - mean) / (mean * (1 - mean) / each).sqrt()
+    assert off.abs().max() < 4.5
+    assert off.square().mean() < 1 + 6 * math.sqrt(2 / stride)
+    both = (one[stride:] * one[:-stride]).mean() * number
+    assert abs(both.item() - 0.0004 * number) < 5 * math.sqrt(0.0004 * number)
+
+
+def test_who_is_held_out_is_not_trained_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=400)
+    x, y = torch.randn(400, 4), torch.randint(3, (400,))
+    logits = model(x)
+    loss = fsr.loss(logits, y, torch.arange(400))
+    assert fsr._memory.selection is not None
+    mine = ~held(fsr._memory.selection)
+    assert 300 < mine.sum() < 400
+    assert_close(fsr.weights, mine / mine.sum())
+    assert_close(loss.detach(), F.cross_entropy(logits[mine], y[mine]).detach())
+    assert fsr.scores.isfinite().all()  # P̂ is known of them too
+
+
+# --- when the network is seen to learn by heart ----------------------------------------------------------------------
+
+
+class Watched:
+    """A selection, and tables as epochs would leave them: p̄ says class 0, 1, 2 in turn, so do the labels."""
+
+    def __init__(self, number: int = 3000, warmup: int = 0, wrong: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.number, self.warmup, self.epoch = number, warmup, 0
+        self.one = made(number)
+        self.table = ScoreTable(number, 0.9, learned=True)
+        self.average = PseudoLabels(number, 3, 0.8)
+        true = torch.arange(number) % 3
+        self.given = torch.where(torch.rand(number) < wrong, (true + 1) % 3, true)
+        self.average.columns["logits"][:-1] = (0.1 + 0.7 * F.one_hot(true, 3)).half()
+        self.table.score[:-1] = torch.randn(number)
+
+    def ends(self, inside: float, outside: float, seen: Tensor | None = None) -> bool:
+        """An epoch with such agreement with what was trained on and what was held out; whether labels are judged."""
+        assert self.table.learned is not None
+        self.table.epoch[:-1] = self.epoch if seen is None else torch.where(seen, self.epoch, self.epoch - 1)
+        for those, share in ((self.one.code[:-1] != HELD, inside), (held(self.one), outside)):
+            right = torch.arange(int(those.sum())) < share * those.sum()
+            self.table.learned[:-1][those] = torch.where(right, LAST, NEVER).to(torch.uint8)
+        self.one.end_epoch(self.epoch, self.warmup, self.table, self.given, self.average)
+        self.epoch += 1
+        return self.one.active
+
+
+def test_labels_are_judged_after_two_epochs_apart() -> None:
+    watched = Watched(wrong=0.3)
+    assert not any(watched.ends(a, a) for a in (0.3, 0.4, 0.5, 0.5))
+    assert not watched.ends(0.7, 0.5)
+    assert watched.ends(0.75, 0.5)
+    code = watched.one.code[:-1]
+    assert not (code == HELD).any()
+    assert_close((code == WRONG).double().mean().item(), watched.one.share.double().mean().item(), 1e-3)
+    assert watched.one.share.mean() > 0.2
+    assert watched.ends(0.5, 0.5)  # there is no way back
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        [(0.5, 0.5)] * 9,
+        [(0.7, 0.5), (0.5, 0.5)] * 5,  # never two in a row
+        [(0.53, 0.5)] * 9,  # too little
+        [(0.5, 0.8)] * 9,  # it agrees more with what is held out
+        [(0.9, 0.9), (0.99, 0.96)] * 4,
+        [(0.3 + 0.07 * e, 0.1 + 0.05 * e) for e in range(9)],  # it learns
+    ],
+)
+def test_labels_are_not_judged_where_nothing_is_learned_by_heart(epochs: list[tuple[float, float]]) -> None:
+    watched = Watched(wrong=0.3)
+    assert not any(watched.ends(*one) for one in epochs)
+    assert not (watched.one.code == WRONG).any()
+
+
+def test_a_gap_that_chance_explains_does_not_count() -> None:
+    """0.15 of 50 samples that are held out."""
+    watched = Watched(number=1000)
+    assert 30 < held(watched.one).sum() < 70
+    assert not any(watched.ends(0.65, 0.5) for _ in range(6))
+    watched.ends(0.75, 0.5)
+    assert watched.ends(0.75, 0.5)
+
+
+def test_learning_by_heart_shows_where_agreement_with_held_out_labels_stalls() -> None:
+    watched = Watched()
+    learning = [(0.3, 0.1), (0.4, 0.2), (0.5, 0.3), (0.6, 0.35), (0.7, 0.41)]
+    assert not any(watched.ends(*one) for one in learning)
+    assert not watched.ends(0.8, 0.44)
+    assert watched.ends(0.9, 0.48)
+
+
+def test_labels_are_not_judged_in_the_warm_up_nor_before_the_shares_are_found() -> None:
+    early = Watched()
+    assert [early.ends(0.9, 0.5) for _ in range(4)] == [False, False, True, True]  # predictions are averaged thrice
+    watched = Watched(warmup=6)
+    assert [watched.ends(0.9, 0.5) for _ in range(7)] == [False] * 5 + [True] * 2
+
+
+def test_labels_are_not_judged_where_nobody_is_held_out_or_nobody_came() -> None:
+    watched = Watched()
+    mine = ~held(watched.one)
+    assert not any(watched.ends(0.9, 0.0, seen=mine) for _ in range(5))
+    nobody = Watched()
+    assert not any(nobody.ends(0.9, 0.0, seen=torch.zeros(3000, dtype=torch.bool)) for _ in range(5))
+    assert not nobody.one.estimated
+    assert nobody.one.share.tolist() == [0, 0, 0]
+
+
+def test_the_lowest_share_counts_as_long_as_the_network_learns() -> None:
+    watched = Watched(wrong=0.3)
+    for a in (0.3, 0.4, 0.5):
+        watched.ends(a, a)
+    first = watched.one.share.clone()
+    true = torch.arange(3000) % 3
+
+    def relabelled(wrong: float) -> Tensor:
+        return torch.where(torch.rand(3000) < wrong, (true + 1) % 3, true)
+
+    watched.given = relabelled(0.6)
+    watched.ends(0.6, 0.6)
+    assert torch.equal(watched.one.share, first)
+    watched.given = relabelled(0.1)
+    watched.ends(0.7, 0.7)
+    lower = watched.one.share.clone()
+    assert (lower < first - 0.1).all()
+    watched.given = true
+    watched.ends(0.7, 0.7)
+    watched.ends(0.7, 0.7)
+    even_lower = watched.one.share.clone()
+    assert (even_lower <= lower).all()
+    watched.given = relabelled(0.0)
+    watched.ends(0.7, 0.7)  # no more learning
+    watched.ends(0.9, 0.5)  # learning by heart
+    assert torch.equal(watched.one.share, even_lower)
+
+
+# --- who is judged how -----------------------------------------------------------------------------------------------
+
+
+def test_of_each_class_the_share_of_lowest_score_is_taken_for_wrong() -> None:
+    one = made(60)
+    one.share.copy_(torch.tensor([0.5, 0.25, 0.0]))
+    torch.manual_seed(0)
+    given, score = torch.randint(3, (60,)), (4 * torch.randn(60)).round()
+    given[::7], score[::11] = -1, torch.nan  # nobody knows their label; they were never visited
+    code = one._judged(score, given)
+    for c, share in enumerate((0.5, 0.25, 0.0)):
+        those = [i for i in range(60) if given[i] == c and not score[i].isnan()]
+        wrong = sorted(those, key=lambda i: (score[i].item(), i))[: int(len(those) * share)]
+        assert [i for i in range(60) if given[i] == c and code[i] == WRONG] == sorted(wrong)
+    assert (code[(given < 0) | score.isnan()] == TRAINED).all()
+
+
+def test_labels_are_judged_afresh_every_epoch() -> None:
+    watched = Watched(wrong=0.3)
+    for a in (0.3, 0.3, 0.3):
+        watched.ends(a, a)
+    watched.ends(0.9, 0.3)
+    watched.ends(0.9, 0.3)
+    before = watched.one.code.clone()
+    watched.table.score[:-1] *= -1
+    watched.ends(0.9, 0.3)
+    after = watched.one.code
+    assert (before == WRONG).sum() == (after == WRONG).sum() > 500
+    assert not ((before == WRONG) & (after == WRONG)).any()
+
+
+def test_samples_that_come_later_are_trained_on() -> None:
+    one = made(8, known=False)
+    one.active = True
+    one.code[:-1] = WRONG
+    one.grow(4000)
+    assert (one.code[:8] == WRONG).all()
+    assert (one.code[8:] == TRAINED).all()
+
+
+# --- runs, from the first batch on -----------------------------------------------------------------------------------
+
+
+def run(
+    number: int, classes: int, epochs: int = 5, *, known: bool = True, judged: bool = True, **options: Any
+) -> FSRWrapper:
+    """A short run with labels that are judged from the third epoch on, if they are; finite at every step."""
+    torch.manual_seed(0)
+    x, y = torch.randn(number, 2), torch.randint(classes, (number,))
+    y = options.pop("labels", y)
+    options = {"warmup_epochs": 0 if judged else 100, **options}  # runs as small may be judged by chance
+    model = nn.Linear(2, classes)
+    fsr = FSRWrapper(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        num_samples=number if known else None,
+        samples_per_epoch=number,
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(epochs):
+            for index in torch.randperm(number).split(8):
+                loss = fsr.loss(model(x[index]), y[index], index)
+                fsr.zero_grad()
+                loss.backward()
+                assert loss.isfinite()
+                assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+                fsr.step()
+            if judged and epoch == 1:
+                judge(fsr, 0.4)
+    assert fsr.epoch == epochs
+    other = copy.deepcopy(fsr)
+    other.load_state_dict(fsr.state_dict())
+    assert frozen(other.state_dict()) == frozen(fsr.state_dict())
+    return fsr
+
+
+def judge(fsr: FSRWrapper, share: float) -> None:
+    known, memory = fsr._memory.selection, fsr._memory
+    assert known is not None
+    known.active = known.estimated = True
+    known.share.fill_(share)
+    known.code[:-1] = known._judged(memory.table.score[:-1], memory.given.known().long())
+
+
+@pytest.mark.parametrize("number", [2, 5, 19])
+@pytest.mark.parametrize("judged", [True, False])
+def test_few_samples_train(number: int, judged: bool) -> None:
+    fsr = run(number, 3, judged=judged)
+    assert fsr._memory.selection is not None
+    assert fsr._memory.selection.estimated
+    assert fsr.is_reweighting == judged
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8", 3, 40])
+@pytest.mark.parametrize("known", [True, False])
+def test_all_storages_and_an_unknown_number_train(storage: Any, known: bool) -> None:
+    fsr = run(100, 10, known=known, relabel_storage=storage)
+    assert fsr._memory.selection is not None
+    assert (fsr._memory.selection.code == WRONG).sum() > 20
+    assert len(fsr._memory.selection.code) == (101 if known else 129)
+
+
+def test_samples_of_one_class_train() -> None:
+    fsr = run(40, 4, labels=torch.full((40,), 2))
+    assert fsr._memory.selection is not None
+    assert (fsr._memory.selection.code == WRONG).sum() == 16
+
+
+def test_more_classes_than_16_bits_train() -> None:
+    labels = torch.randint(40_000, (24,))
+    labels[0], labels[1] = 39_999, 33_000
+    fsr = run(24, 40_000, 4, labels=labels, relabel_storage=3)
+    assert torch.equal(fsr._memory.given.known().long(), labels)
+    assert_close(fsr._memory.log_prior.exp().mean(), 1.0, 1e-3)
+
+
+def test_samples_that_are_never_visited_are_not_judged() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=100, samples_per_epoch=40)
+    x, y = torch.randn(100, 2), torch.randint(3, (100,))
+    for _ in range(4):
+        fsr.loss(model(x[:40]), y[:40], torch.arange(40)).backward()
+    judge(fsr, 1.0)
+    assert fsr._memory.selection is not None
+    code = fsr._memory.selection.code[:-1]
+    assert (code[:40] == WRONG).all()
+    assert (code[40:] == TRAINED).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_epochs_in_which_nothing_can_be_learned_are_not_counted() -> None:
+    """NaN throughout, as after a wrong start: nothing is known then, and the state can still be saved and loaded."""
+    model = nn.Linear(2, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=10, nonfinite="skip")
+    for _ in range(5):
+        fsr.loss(model(torch.full((10, 2), torch.nan)), torch.arange(10) % 3, torch.arange(10))
+    assert fsr._memory.selection is not None
+    assert not fsr._memory.selection.estimated
+    fsr.load_state_dict(fsr.state_dict())
+
+
+def test_labels_that_come_with_mixed_targets_are_judged() -> None:
+    """As timm mixes: the target is soft, the sample's own class is `label`."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=90, warmup_epochs=100)
+    x = torch.randn(90, 4)
+    y = torch.arange(90) % 3
+    y[y == 2] = 0  # 60, 30 and none
+    soft = 0.8 * F.one_hot(y, 3) + 0.2 * F.one_hot(y.flip(0), 3)
+    for _ in range(3):
+        fsr.loss(model(x), soft, torch.arange(90), label=y).backward()
+    memory = fsr._memory
+    assert torch.equal(memory.given.known().long(), y)
+    assert memory.selection is not None
+    assert memory.selection.estimated
+    assert memory.log_prior is not None
+    assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), math.log(2))
+
+
+def test_a_closure_is_one_function_also_where_it_ends_an_epoch() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.0), num_samples=90)
+    x, y = torch.randn(90, 4), torch.randint(2, (90,)) * torch.randint(2, (90,))
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        loss = fsr.loss(model(x), y, torch.arange(90))
+        losses.append(loss.item())
+        return loss
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+            assert closure is not None
+            closure(), closure()
+
+    fsr.optimizer = Twice(model.parameters(), lr=0.0)
+    for _ in range(2):
+        fsr.step(closure)
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3] != losses[0]
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_comes_back_as_it_was() -> None:
+    watched = Watched(wrong=0.3)
+    for epoch in range(6):
+        state = copy.deepcopy(watched.one.state_dict())
+        other = made(3000, seed=7)
+        other.load_state_dict(state)
+        assert frozen(other.state_dict()) == frozen(state)
+        watched.ends(0.3 + 0.1 * epoch, 0.3)
+        assert frozen(state) == frozen(other.state_dict())
+        assert epoch > 3 or frozen(state) != frozen(watched.one.state_dict())
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_run_goes_on_from_a_file(tmp_path: Path, judged: bool) -> None:
+    fsr = run(100, 4, judged=judged)
+    fsr.save(tmp_path)
+    model = nn.Linear(2, 4)
+    other = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=100, config=fsr.config)
+    other.load(tmp_path)
+    assert frozen(other.state_dict()) == frozen(fsr.state_dict())
+    assert other.is_reweighting == judged
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no selection": lambda s: s.pop("selection"),
+    "none": lambda s: s.update(selection=None),
+    "active is a word": lambda s: s["selection"].update(active="yes"),
+    "estimated is a number": lambda s: s["selection"].update(estimated=1),
+    "apart below 0": lambda s: s["selection"].update(apart=-1),
+    "apart is half": lambda s: s["selection"].update(apart=0.5),
+    "agreement above 1": lambda s: s["selection"].update(agreement=[(1.5, 0.5)]),
+    "agreement NaN": lambda s: s["selection"].update(agreement=[(0.5, math.nan)]),
+    "three agreements": lambda s: s["selection"].update(agreement=[(0.1, 0.1)] * 3),
+    "no pairs": lambda s: s["selection"].update(agreement=[0.5]),
+    "single": lambda s: s["selection"].update(agreement=[(0.5,)]),
+    "no agreement": lambda s: s["selection"].update(agreement=None),
+    "share NaN": lambda s: s["selection"]["share"].fill_(math.nan),
+    "share above 1": lambda s: s["selection"]["share"].fill_(1.5),
+    "share below 0": lambda s: s["selection"]["share"].fill_(-0.5),
+    "share of other classes": lambda s: s["selection"].update(share=torch.zeros(3)),
+    "share in float64": lambda s: s["selection"].update(share=s["selection"]["share"].double()),
+    "no such code": lambda s: s["selection"]["code"].fill_(3),
+    "codes too few": lambda s: s["selection"].update(code=s["selection"]["code"][1:]),
+    "codes in int64": lambda s: s["selection"].update(code=s["selection"]["code"].long()),
+    "prior NaN": lambda s: s["log_prior"].fill_(math.nan),
+    "prior of other classes": lambda s: s.update(log_prior=s["log_prior"][1:]),
+    "no averages": lambda s: s.pop("pseudo"),
+    "no given labels": lambda s: s.pop("given"),
+    "not learned": lambda s: s["table"].pop("learned"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> FSRWrapper:
+    return run(50, 4)
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_damaged_states_are_refused(trained: FSRWrapper, damage: str) -> None:
+    state = copy.deepcopy(trained.state_dict())
+    DAMAGES[damage](state["fsr"])
+    before = frozen(trained.state_dict())
+    with pytest.raises(ValueError, match="none that state_dict"):
+        trained.load_state_dict(state)
+    assert frozen(trained.state_dict()) == before
+
+
+def test_states_of_other_rules_are_refused(trained: FSRWrapper) -> None:
+    model = nn.Linear(2, 4)
+    paper = FSRWrapper(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=50, weight_rule="clip", dictionary_size=8
+    )
+    x, y = torch.randn(50, 2), torch.randint(4, (50,))
+    for _ in range(2):
+        paper.loss(model(x), y, torch.arange(50))
+    for one, other, rule in ((trained, paper, "clip"), (paper, trained, "select")):
+        before = frozen(one.state_dict())
+        with pytest.raises(ValueError, match=f"made with weight_rule='{rule}', this run has .*: pass '{rule}'"):
+            one.load_state_dict(other.state_dict())
+        assert frozen(one.state_dict()) == before
+
+
+def test_a_state_from_before_the_first_batch_loads() -> None:
+    memory = Memory(run(4, 2).config, 4)
+    assert frozen(Memory.from_state_dict(memory.state_dict(), memory.config, 4).state_dict()) == frozen(
+        memory.state_dict()
+    )
+
+
+# --- what it is for --------------------------------------------------------------------------------------------------
+
+
+def clusters(rate: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Ten classes of two clusters each: inputs, given and true labels for training; inputs and labels to test with."""
+    generator = torch.Generator().manual_seed(seed)
+    centers, y = 0.9 * torch.randn(10, 2, 24, generator=generator), torch.randint(10, (6000,), generator=generator)
+    x = centers[y, torch.randint(2, y.shape, generator=generator)] + torch.randn(6000, 24, generator=generator)
+    other = torch.randint(10, y.shape, generator=generator)
+    given = torch.where(torch.rand(6000, generator=generator) < rate, other, y)
+    return x[:4000], given[:4000], y[:4000], x[4000:], y[4000:]
+
+
+def accuracy(rate: float, seed: int, *, plain: bool, epochs: int = 12) -> tuple[float, FSRWrapper | None]:
+    x, y, _, test_x, test_y = clusters(rate, seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(24, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fsr = None if plain else FSRWrapper(model, optimizer, num_samples=len(x))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x)).split(100):
+            logits = model(x[index])
+            loss = F.cross_entropy(logits, y[index]) if fsr is None else fsr.loss(logits, y[index], index)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return (model(test_x).argmax(1) == test_y).double().mean().item(), fsr
+
+
+def test_a_network_that_learns_wrong_labels_by_heart_is_kept_from_it() -> None:
+    theirs, _ = accuracy(0.4, 0, plain=True)
+    ours, fsr = accuracy(0.4, 0, plain=False)
+    assert fsr is not None
+    assert fsr.is_reweighting
+    assert ours > theirs + 0.04
+    _, given, true, _, _ = clusters(0.4, 0)
+    assert fsr._memory.selection is not None
+    taken = fsr._memory.selection.code[:-1] == WRONG
+    assert (given != true)[taken].double().mean() > 0.9
+    assert taken[given != true].double().mean() > 0.6
+
+
+def test_right_labels_are_left_alone() -> None:
+    theirs, _ = accuracy(0.0, 0, plain=True)
+    ours, fsr = accuracy(0.0, 0, plain=False)
+    assert ours > theirs - 0.015
+    assert fsr is not None
+    assert fsr._memory.selection is not None
+    assert (fsr._memory.selection.code == WRONG).double().mean() < 0.02
+
+
+def test_a_model_that_cannot_learn_by_heart_trains_plainly() -> None:
+    torch.manual_seed(0)
+    y = torch.randint(4, (4000,))
+    x = torch.randn(4000, 6) + 2 * F.one_hot(y, 6)
+    y = torch.where(torch.rand(4000) < 0.4, torch.randint(4, (4000,)), y)
+    model = nn.Linear(6, 4)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.2), num_samples=4000)
+    for _ in range(12):
+        for index in torch.randperm(4000).split(100):
+            fsr.zero_grad()
+            fsr.loss(model(x[index]), y[index], index).backward()
+            fsr.step()
+        assert not fsr.is_reweighting
+    known = fsr._memory.selection
+    assert known is not None
+    assert known.estimated  # and yet it knows how many are wrong
+    assert_close(known.share, torch.full((4,), 0.3), 0.12)
+    assert selection.TRAINED in known.code
