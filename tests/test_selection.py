@@ -182,6 +182,18 @@ def test_seeds_hold_out_others() -> None:
             assert abs((one & other).sum().item() - 0.0004 * number) < 4 * math.sqrt(0.0004 * number)
 
 
+def test_small_numbers_are_held_out_as_often_as_others() -> None:
+    """Of a small data set all are small; each seed holds out its share of them, and each number has its turn."""
+    sets = torch.stack([held(made(64, seed=seed)) for seed in range(1000)])
+    assert_close(sets.double().mean().item(), 0.05, 0.004)
+    often = sets.sum(0)  # of 1,000
+    assert often.min() > 20
+    assert often.max() < 85
+    by_seed = torch.bincount(sets.sum(1), minlength=9) / 1000  # binomial, as if each was drawn for itself
+    expected = [math.comb(64, k) * 0.05**k * 0.95 ** (64 - k) for k in range(len(by_seed))]
+    assert (by_seed - torch.tensor(expected)).abs().max() < 0.06
+
+
 @pytest.mark.parametrize("stride", [2, 3, 10, 100, 128])
 def test_no_class_is_spared_where_classes_take_turns(stride: int) -> None:
     """Data sets are often sorted, or lie class by class in turn; neighbours are held out independently too."""
@@ -600,6 +612,15 @@ def test_states_of_other_rules_are_refused(trained: FSRWrapper) -> None:
         with pytest.raises(ValueError, match=f"made with weight_rule='{rule}', this run has .*: pass '{rule}'"):
             one.load_state_dict(other.state_dict())
         assert frozen(one.state_dict()) == before
+
+
+def test_states_of_another_storage_are_refused(trained: FSRWrapper) -> None:
+    """Also where nothing is pulled to the averages: they are kept all the same."""
+    model = nn.Linear(2, 4)
+    options: dict[str, Any] = {"num_samples": 50, "relabel_storage": "int8", "relabel_weight": 0.0}
+    other = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    with pytest.raises(ValueError, match="made with relabel_storage='float16', this run has 'int8': pass 'float16'"):
+        other.load_state_dict(trained.state_dict())
 
 
 def test_a_state_from_before_the_first_batch_loads() -> None:
