@@ -505,6 +505,22 @@ def test_labels_that_come_with_mixed_targets_are_judged() -> None:
     assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), math.log(2))
 
 
+def test_a_sample_whose_target_shows_another_class_takes_no_pseudo_label() -> None:
+    """Its averaged probabilities are those of its own image: neither are predictions pulled to them."""
+    fsr = run(50, 4)
+    model, memory, index = fsr._reweighting.core, fsr._memory, torch.arange(6)
+    y, prior, x = memory.given.known()[:6].long(), memory.log_prior, torch.randn(6, 2)
+    assert memory.selection is not None
+    assert prior is not None
+    memory.selection.code[:6] = torch.tensor([TRAINED, WRONG, WRONG, TRAINED, WRONG, TRAINED], dtype=torch.uint8)
+    for hidden in (True, False):
+        target = F.one_hot((y + hidden) % 4, 4).float()
+        logits = model(x)
+        loss = fsr.loss(logits, target, index, label=y)
+        believed = (F.cross_entropy(logits + prior, target, reduction="none") * fsr.weights).sum()
+        assert torch.isclose(loss, believed, rtol=1e-5) == hidden
+
+
 def test_a_closure_is_one_function_also_where_it_ends_an_epoch() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
