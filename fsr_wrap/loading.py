@@ -88,6 +88,7 @@ def check_state(state: State, *, metrics: int, planned: int) -> None:
 def _check_selection(state: State, rows: int, classes: int) -> None:
     for name in ("active", "estimated"):
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
+    _need(isinstance(state["pull"], float) and 0 <= state["pull"] <= 1, "selection/pull", state["pull"])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]
     good = len(agreement) <= 2 and all(

@@ -25,6 +25,7 @@ _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
 _VISITS = 3  # epochs, after which predictions are averaged enough
 _ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: a share, and a number at least
 _FEW = 10  # anchors, at which a class's share is half its own and half that of all
+_NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _GAP = 0.04  # in agreement, that counts
 _ERRORS = 3.0  # standard errors of it
 _GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
@@ -47,6 +48,7 @@ class Selection:
         self.estimated = False  # whether the shares were found
         # In the last two epochs, of the network with the labels that it trained on, and with those held out.
         self.agreement: list[tuple[float, float]] = []
+        self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
         self.apart = 0  # epochs in a row in which it agreed less with what was held out
         self.code = torch.zeros(num_samples + 1, dtype=torch.uint8, device=device)
         self.code[:-1] = self._codes(0, num_samples)
@@ -105,7 +107,8 @@ class Selection:
         held = (self.code[:-1] == HELD).cpu()
         agreement, _ = _mean(right[seen & ~held])
         outside, number = _mean(right[seen & held])
-        error = math.sqrt(max(outside * (1 - outside), 1e-4) / max(number, 1))
+        spread = max(share * (1 - share) for share in (agreement, outside, 0.01))
+        error = math.sqrt(spread / max(number, 1))
         learns, stalls = False, True
         if len(self.agreement) == 2:
             before, outside_before = self.agreement[0]
@@ -129,18 +132,20 @@ class Selection:
         label = given[known]
         number = torch.bincount(label, minlength=len(self.share))
         wrong = (number * self.share.double()).long()
+        self.pull = min(1.0, int(wrong.sum()) / max(1, len(label)) / _NOISY)
         code = torch.full(score.shape, TRAINED, dtype=torch.uint8)
         code[known] = torch.where(_rank(score[known], label) < wrong[label], WRONG, TRAINED).to(torch.uint8)
         return code
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart")}
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart", "pull")}
         return state | {"agreement": list(self.agreement), "share": self.share.clone(), "code": self.code[:-1].clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes all of it back. There must be as many samples."""
         self.active, self.estimated, self.apart = state["active"], state["estimated"], state["apart"]
+        self.pull = state["pull"]
         self.agreement = list(state["agreement"])
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]

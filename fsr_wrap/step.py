@@ -51,12 +51,14 @@ class _Accepted:
 @dataclass
 class _Decision:
     """How a batch is trained on: the weights (b,), the targets with the weights in them (b, C), b everywhere, the
-    averaged probabilities that predictions are pulled to, (b, C), if they are, and the classes' log-prior (C,)."""
+    averaged probabilities that predictions are pulled to, (b, C), if they are, and by how much, and the classes'
+    log-prior (C,)."""
 
     weights: Tensor
     target: Tensor
     size: int
     average: Tensor | None = None
+    pull: float = 0.0
     prior: Tensor | None = None
 
 
@@ -287,7 +289,7 @@ class Reweighting:
         loss = functional.cross_entropy(adjusted, decision.target, reduction="sum")
         if decision.average is not None:
             pull = functional.early_learning(logits, decision.average)
-            loss = loss + pull.sum() * (self.config.relabel_weight / decision.size)
+            loss = loss + pull.sum() * (decision.pull / decision.size)
         world = distributed.world_size()
         return loss if world == 1 else loss * world, size
 
@@ -392,7 +394,8 @@ class Reweighting:
         average = average if there is None else average * there[:, None]
         share = (selection.code[seen.index] == WRONG).to(weights.dtype) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
-        return _Decision(weights, target, size, average if mix is None else mix.of(average))
+        pull = selection.pull * self.config.relabel_weight
+        return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)
 
     def _mixed(self, batch: _Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:
         """The targets of samples whose partners, under MixUp, are weighed for themselves."""

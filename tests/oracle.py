@@ -104,6 +104,7 @@ class Oracle:
         self.given: dict[int, int] = {}  # the label of each sample, as it came last
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
+        self.pull = 0.0  # the part of the regulariser that there is
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.agreement: list[tuple[float, float]] = []
         self.apart = 0
@@ -155,7 +156,7 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                total = total + c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
+                total = total + self.pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)
             pseudo, share = self.relabel(batch, clean_logits, rows, b)
@@ -396,7 +397,8 @@ class Oracle:
             sum(self.samples[i].last_right for i in those) / max(1, len(those))
             for those in ([i for i in seen if i not in held], held)
         )
-        gap, error = inside - outside, math.sqrt(max(outside * (1 - outside), 1e-4) / max(1, len(held)))
+        spread = max(0.01 * 0.99, inside * (1 - inside), outside * (1 - outside))
+        gap, error = inside - outside, math.sqrt(spread / max(1, len(held)))
         learns, stalls = False, True
         if len(self.agreement) == 2:
             before, before_outside = self.agreement[0]
@@ -446,6 +448,8 @@ class Oracle:
         for g in range(self.classes):
             those = sorted((i for i in self.given if self.given[i] == g), key=lambda i: (self.samples[i].score, i))
             self.codes.update(dict.fromkeys(those[: int(len(those) * self.wrong[g])], WRONG))
+        taken = list(self.codes.values()).count(WRONG)
+        self.pull = min(1.0, taken / max(1, len(self.given)) / constants._NOISY)
 
     def count_classes(self) -> None:
         """τ log π, of labels that are not taken for wrong; a class has one sample at least."""

@@ -718,3 +718,17 @@ def test_a_model_that_cannot_learn_by_heart_trains_plainly() -> None:
     assert known.estimated  # and yet it knows how many are wrong
     assert_close(known.share, torch.full((4,), 0.3), 0.12)
     assert selection.TRAINED in known.code
+
+
+def test_the_regulariser_is_as_strong_as_labels_are_wrong() -> None:
+    """Where none are, averages of an unsteady network do harm."""
+    score, given = torch.arange(40.0), torch.arange(40) % 4
+    for share, pull in ((0.0, 0.0), (0.05, 0.0), (0.5, 1.0), (1.0, 1.0)):  # of ten samples, 5 % are none
+        selection = Selection(40, 4, known=True, seed=0, device="cpu")
+        selection.share.fill_(share)
+        code = selection._judged(score, given)
+        assert selection.pull == pull
+        assert (code == WRONG).sum() == 40 * share * (share > 0.05)
+    selection.share[:] = torch.tensor([0.2, 0.0, 0.0, 0.0])
+    selection._judged(score, given)
+    assert selection.pull == pytest.approx(2 / 40 / 0.1)
