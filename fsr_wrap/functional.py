@@ -310,6 +310,11 @@ def relabel(
     return pseudo, new
 
 
+def distribution(mass: Tensor) -> Tensor:
+    """Rows divided by their sums, (n, C) → (n, C); zeros stay zeros."""
+    return mass / mass.sum(1, keepdim=True).clamp(min=1e-6)
+
+
 def sharpen(probability: Tensor) -> Tensor:
     """p² / Σp², a pseudo-label from averaged probabilities (temperature ½). (b, C) → (b, C); zeros stay zeros."""
     square = probability.square()

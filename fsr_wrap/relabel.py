@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .distributed import sum_in_place, world_size
-from .functional import SHUT, relabel
+from .functional import SHUT, distribution, relabel
 
 _LARGEST = torch.finfo(torch.float16).max
 _CHUNK = 2**24  # values exchanged at once
@@ -173,15 +173,12 @@ class PseudoLabels:
         self._write(row, new, is_open)
         return target
 
-    def average(self, row: Tensor, logits: Tensor, stored: Tensor) -> Tensor:
+    def average(self, row: Tensor, logits: Tensor, stored: Tensor, is_open: Tensor) -> None:
         """One step of the moving average of a batch's probabilities, p̄ ← βp̄ + (1−β)·softmax(f(x)), from zero on.
 
         **Arguments:** as in `update`.
-
-        **Returns:** p̄ from before the step, divided by its sum, (b, C); zeros where a sample was never seen.
         """
-        self._write(row, torch.lerp(logits.softmax(1), stored, self.momentum), logits > SHUT)
-        return stored / stored.sum(1, keepdim=True).clamp(min=1e-6)
+        self._write(row, torch.lerp(logits.softmax(1), stored, self.momentum), is_open)
 
     def surest(self) -> tuple[Tensor, Tensor, Tensor]:
         """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
@@ -193,7 +190,7 @@ class PseudoLabels:
         for start in range(0, len(self), rows):
             part = {name: column[start : min(start + rows, len(self))] for name, column in self.columns.items()}
             values, _ = self.storage.decode(part, self.num_classes, torch.float32)
-            values = values / values.sum(1, keepdim=True).clamp(min=1e-6)
+            values = distribution(values)
             mean += values.sum(0)
             best.append([one.cpu() for one in values.max(1)])
         confidence, predicted = (torch.cat(column) for column in zip(*best, strict=True))

@@ -387,9 +387,11 @@ class Reweighting:
         assert store is not None
         assert selection is not None
         assert seen.stored is not None
-        average = store.average(row, seen.logits, seen.stored)
+        assert seen.is_open is not None
+        store.average(row, seen.logits, seen.stored, seen.is_open)
         if not selection.active:
-            return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(average)), size)
+            return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(seen.stored)), size)
+        average = functional.distribution(seen.stored * seen.is_open)  # K values of it say nothing of what is shut
         there = _both(batch.valid, batch.shown)
         average = average if there is None else average * there[:, None]
         share = (selection.code[seen.index] == WRONG).to(weights.dtype) / sums.sum().clamp(min=1)

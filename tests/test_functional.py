@@ -276,6 +276,69 @@ def test_pseudo_labels_that_do_not_fit_say_so():
         PseudoLabels(10**8, 10**8, 0.1)
 
 
+def test_distribution_and_sharpen():
+    mass = torch.tensor([[0.3, 0.1, 0.0], [0.0, 0.0, 0.0], [0.2, 0.2, 0.4]])
+    probability = fsr.distribution(mass)
+    assert_close(probability, torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [0.25, 0.25, 0.5]]))
+    assert_close(fsr.sharpen(probability), torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.0, 0.0], [1 / 6, 1 / 6, 2 / 3]]))
+
+
+def test_early_learning_pulls_to_the_average():
+    """Its value written out; a step down its slope brings the prediction nearer, and zeros pull nowhere."""
+    logits = torch.randn(5, CLASSES, dtype=torch.float64, requires_grad=True)
+    average = torch.rand(5, CLASSES, dtype=torch.float64)
+    average = average / average.sum(1, keepdim=True)
+    average[3] = 0
+    loss = fsr.early_learning(logits, average)
+    for i in range(5):
+        assert_close(loss[i], (1 - average[i] @ logits[i].exp() / logits[i].exp().sum()).log(), 1e-12)
+    slope = torch.autograd.grad(loss.sum(), logits)[0]
+    assert slope[3].eq(0).all()
+    assert slope[[0, 1, 2, 4]].abs().amin(0).gt(0).all()
+    near = [(average * (logits - step * slope).softmax(1)).sum(1) for step in (0.0, 0.1)]
+    assert (near[1] > near[0])[[0, 1, 2, 4]].all()
+    sure = torch.tensor([[1e3, 0.0]], requires_grad=True)
+    fsr.early_learning(sure, torch.tensor([[1.0, 0.0]])).sum().backward()
+    assert sure.grad.isfinite().all()
+
+
+@STORAGES
+def test_averages_follow_the_twin(storage):
+    """Over several visits, in numpy; a class that is shut has no part."""
+    store, twin = PseudoLabels(6, 3, 0.8, storage), np.zeros((6, 3))
+    everything = isinstance(storage, str) or storage >= 2
+    shut = torch.tensor([False, False, True])
+    for _ in range(6):
+        index = torch.randperm(6)[:4]
+        logits = torch.randn(4, 3).masked_fill(shut, -1e9)
+        stored, _ = store.stored(index, torch.float32)
+        if everything:
+            mass = torch.as_tensor(twin[index])
+            found = fsr.distribution(stored * ~shut)
+            assert_close(found, mass / mass.sum(1, keepdim=True).clamp(min=1e-6), 2e-2)
+        store.average(index, logits, stored, logits > fsr.SHUT)
+        twin[index] = 0.8 * twin[index] + 0.2 * logits.softmax(1).numpy()
+    if everything:
+        assert_close(store.stored(torch.arange(6), torch.float64)[0] * ~shut, twin, 2e-2)
+
+
+def test_the_surest_and_the_mean_of_averages(monkeypatch):
+    monkeypatch.setattr("fsr_wrap.relabel._CHUNK", 6)  # two samples at once
+    store = PseudoLabels(5, 3, 0.8)
+    logits = torch.randn(4, 3)
+    for part, times in (([0, 1, 3], 1), ([3, 4], 2)):
+        for _ in range(times):
+            index = torch.tensor(part)
+            rows = logits[index.clamp(max=3)]
+            store.average(index, rows, store.stored(index, torch.float32)[0], torch.ones(len(part), 3) > 0)
+    confidence, predicted, mean = store.surest()
+    expected = logits[[0, 1, 2, 3, 3]].softmax(1)
+    expected[2] = 0
+    assert_close(confidence, expected.amax(1), 2e-3)
+    assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
+    assert_close(mean, expected.sum(0) / 4, 2e-3)
+
+
 @pytest.mark.parametrize("beta", [0.5, 1.0, 0.2])
 def test_mixup_coefficients(beta):
     share = fsr.mixup_coefficients(torch.rand(200_000), beta)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, slow_meta_step
+from helpers import CLIP, assert_close, judge_soon, slow_meta_step
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import BertConfig, BertForSequenceClassification
@@ -20,6 +20,7 @@ from fsr_wrap import FSRWrapper
 from fsr_wrap.relabel import PseudoLabels
 
 N, B, Q, T, C, WORDS = 48, 12, 10, 6, 4, 20
+SELECT = {"weight_rule": "select", "class_balance": 1.0, "relabel_weight": 3.0, "relabel_momentum": 0.8}
 RANDOM = torch.Generator().manual_seed(5)
 WORD = torch.randint(1, WORDS, (N, T), generator=RANDOM)
 MASK = torch.arange(T) < torch.randint(2, T + 1, (N, 1), generator=RANDOM)
@@ -60,14 +61,15 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 
 def wrap(model: nn.Module, head: Any, **options: Any) -> FSRWrapper:
-    recipe = {"dictionary_size": 16, "reward_batch_size": Q, "warmup_epochs": 1, "relabel_weight": 0.0, **options}
-    return FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.05), head, num_samples=N, **recipe)
+    recipe = {**CLIP, "dictionary_size": 16, "reward_batch_size": Q, "relabel_weight": 0.0, **options}
+    inner = torch.optim.SGD(model.parameters(), lr=0.05)
+    return FSRWrapper(model, inner, head, num_samples=N, **recipe)
 
 
 def make(head: Any = "all", **options: Any) -> tuple[Reader, FSRWrapper]:
     torch.manual_seed(1)
     model = Reader().double()
-    return model, wrap(model, head, **options)
+    return model, judge_soon(wrap(model, head, **options), C)
 
 
 def train(model: nn.Module, fsr: FSRWrapper, call: Callable[..., Any], first: int = 0) -> None:
@@ -165,25 +167,32 @@ def test_bert(labels: bool, reward: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_slow(model, fsr, call, lambda name: True, draws, 0.3)
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
-def test_mixed_inputs_beside_others(reward: str) -> None:
+@pytest.mark.parametrize("options", [SELECT, {"relabel_weight": 1.0}, {"relabel_weight": 1.0, "reward": "fresh"}])
+def test_mixed_inputs_beside_others(options: dict[str, Any]) -> None:
     """The clean forward puts the clean numbers in their place, and leaves words and masks."""
-    model, fsr = make(reward=reward, relabel_weight=1.0)
+    model, fsr = make(**options, score_momentum=0.0, pusher="negative_loss")
     fsr.loss(model(WORD[:B], MASK[:B], side=SIDE[:B]), Y[:B], torch.arange(B)).backward()  # tells the number of classes
     for index in [torch.arange(B, N), *torch.arange(N).split(B)]:
         side, target = fsr.mixup(SIDE[index], Y[index])
         fsr.loss(model(WORD[index], MASK[index], side=side), target, index).backward()
+        clean = model(WORD[index], MASK[index], side=SIDE[index]).detach()
         fsr.step()
         fsr.zero_grad()
+    assert fsr.is_reweighting
+    assert_close(fsr.scores[index], -nn.functional.cross_entropy(clean, Y[index], reduction="none"), 1e-6)
+    if options is SELECT:
+        assert not fsr.dictionary._arena
+        return
     held = fsr.dictionary.draw(8, torch.Generator().manual_seed(0))
     assert_close(list(held.payload), [WORD[held.index], MASK[held.index], SIDE[held.index]], 0.0)
 
 
-def test_resumes_and_is_copied() -> None:
+@pytest.mark.parametrize("options", [SELECT, {"pusher": "meta_margin", "relabel_weight": 1.0}])
+def test_resumes_and_is_copied(options: dict[str, Any]) -> None:
     call = CALLS["both"]
-    model, fsr = make(pusher="meta_margin", relabel_weight=1.0)
+    model, fsr = make(**options)
     train(model, fsr, call)
-    other, resumed = make(pusher="meta_margin", relabel_weight=1.0)
+    other, resumed = make(**options)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(copy.deepcopy(fsr.state_dict()))
     twin, copied = pickle.loads(pickle.dumps((model, fsr)))
@@ -288,8 +297,9 @@ def test_containers_that_hide_their_tensors_are_refused(kind: str, head: Any, re
         ):
             fsr.loss(model(batches[kind](index), *more), Y[index], index)
     assert fsr._memory.consumed == 0
-    fsr = wrap(model, "fc")  # the head's own input is all that is kept
-    fsr.loss(model(batches[kind](index)), Y[index], index)
+    for rule in ({}, {**SELECT, "reward": "fresh"}):
+        fsr = wrap(model, "fc", **rule)  # the head's own input is all that is kept, or nothing at all
+        fsr.loss(model(batches[kind](index)), Y[index], index)
 
 
 @pytest.mark.parametrize(("head", "reward"), [("all", "cached"), ("fc", "fresh")])
@@ -401,6 +411,9 @@ def test_varying_lengths(which: str) -> None:
         fsr.loss(model(WORD[index, :4]), Y[index], index)
     assert ('reward="cached"' in str(caught.value)) == (reward == "fresh")
     assert fsr._memory.consumed == B
+    fsr = wrap(model, head, reward=reward, **SELECT)  # keeps nothing of them
+    for length in (T, 4, 5):
+        fsr.loss(model(WORD[index, :length]), Y[index], index)
 
 
 def test_logits_of_tokens_from_a_whole_model_are_not_its_logits() -> None:
@@ -433,9 +446,10 @@ class Shut(nn.Module):
         return logits.masked_fill(torch.arange(logits.shape[1]) >= C, self.value)
 
 
+@pytest.mark.parametrize("rule", [SELECT, {"relabel_weight": 1.0}], ids=["select", "clip"])
 @pytest.mark.parametrize("storage", ["float16", "int8", 2])
 @pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
-def test_shut_classes_change_nothing(value: float, storage: Any) -> None:
+def test_shut_classes_change_nothing(value: float, storage: Any, rule: dict[str, Any]) -> None:
     """Training is that of a model without them, pseudo-labels and all."""
     runs, weight = [], torch.randn(C, 6, dtype=torch.float64)
     for more in (0, 2):
@@ -445,8 +459,8 @@ def test_shut_classes_change_nothing(value: float, storage: Any) -> None:
         with torch.no_grad():
             model.fc.weight[:C], model.fc.bias[:C] = weight, 0.0
             model.fc.bias[C:] = -50.0  # the look-ahead knows the head, not the mask behind it
-        options = {"dictionary_size": 3 * (C + more), "relabel_weight": 1.0, "relabel_storage": storage}
-        fsr = wrap(model, "fc", **options)
+        options = {**rule, "dictionary_size": 3 * (C + more), "relabel_storage": storage}
+        fsr = judge_soon(wrap(model, "fc", **options), C + more)
         losses = []
         for k in range(3):
             for index in torch.arange(N).roll(k).split(B):
