@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from helpers import assert_close, slow_meta_step
+from helpers import CLIP, assert_close, judge_soon, slow_meta_step
 from torch import nn
 
 from fsr_wrap import FSRWrapper
@@ -16,24 +16,27 @@ from fsr_wrap.heads import Batch, GradientStep, Head, KernelStep, Mean, Reward, 
 from fsr_wrap.tap import Tap, take_rows
 
 CLASSES = 5
-CONFIG = {"warmup_epochs": 1, "dictionary_size": 5, "reward_batch_size": 10}
+CONFIG = {**CLIP, "dictionary_size": 5, "reward_batch_size": 10}
+KEPT = {"cached": CONFIG, "fresh": {**CONFIG, "reward": "fresh"}, "nothing": {}}  # of what the model takes
 
 
-def train(model: nn.Module, inputs, head="auto", steps: int = 3, **overrides) -> FSRWrapper:
+def train(model: nn.Module, inputs, head="auto", steps: int = 3, config=CONFIG) -> FSRWrapper:
     """An epoch, then some steps that re-weight, each with weights that are not uniform; returns the wrapper."""
     samples = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
     index, target = torch.arange(samples), torch.arange(samples) % CLASSES
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    fsr = FSRWrapper(model, optimizer, head=head, num_samples=samples, **{**CONFIG, **overrides})
+    fsr = FSRWrapper(model, optimizer, head=head, num_samples=samples, **config)
+    judge_soon(fsr, CLASSES, share=0.6)
     for step in range(1 + steps):
-        assert fsr.is_reweighting == (step > 0)
+        assert fsr.is_reweighting == (step > 0 or fsr.config.selects)
         out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         fsr.loss(out, target, index).backward()
         fsr.step()
         fsr.zero_grad()
         assert fsr.weights.isfinite().all()
-        assert (fsr.weights.max() - fsr.weights.min() > 1e-4) == (step > 0)
+        if step > 0 or not fsr.config.selects:  # else some are held out
+            assert (fsr.weights.max() - fsr.weights.min() > 1e-4) == (step > 0)
     return fsr
 
 
@@ -93,9 +96,9 @@ def test_the_mean_of_two_linear_heads_is_exact(bias, lr):
             assert_close(step.logits(where, head.call(phi, where)), ahead, 1e-10)
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
-def test_two_classifiers_train_as_one_head(reward):
-    fsr = train(Branches(), torch.randn(20, 4), reward=reward)
+@pytest.mark.parametrize("kept", KEPT)
+def test_two_classifiers_train_as_one_head(kept):
+    fsr = train(Branches(), torch.randn(20, 4), config=KEPT[kept])
     assert fsr.head == "head + head_dist"
 
 
@@ -246,12 +249,13 @@ TINY = {
 }
 
 
+@pytest.mark.parametrize("kept", ["cached", "nothing"])
 @pytest.mark.parametrize("name", TINY)
-def test_timm_trains(name):
+def test_timm_trains(name, kept):
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=CLASSES, **TINY[name])
     size = TINY[name].get("img_size") or {"efficientformer_l1": 224, "crossvit_9_240": 240}.get(name, 64)
-    train(model, torch.randn(10, 3, size, size), steps=1)
+    train(model, torch.randn(10, 3, size, size), steps=1, config=KEPT[kept])
 
 
 def test_a_learned_mixture_trains_with_the_list_that_the_error_names():
@@ -352,13 +356,13 @@ def texts(side: str = "right", samples: int = 20, length: int = 7) -> dict[str, 
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_trains(name, reward):
+def test_hugging_face_trains(name, kept):
     model = hugging_face(name)
     size = HUGGING_FACE[name][1].get("image_size")
     inputs = {"pixel_values": torch.randn(20, 3, size, size)} if size else texts()
-    fsr = train(model, inputs, reward=reward)
+    fsr = train(model, inputs, config=KEPT[kept])
     assert fsr.head == HUGGING_FACE[name][2]
 
 
@@ -388,16 +392,17 @@ class Tokens(nn.Module):
         return self.pool(self.fc(self.body(x).tanh()))
 
 
-@pytest.mark.parametrize("reward", ["cached", "fresh"])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("take", [0, -1])
-def test_one_token_of_any_model(take, reward):
+def test_one_token_of_any_model(take, kept):
     """As if the model had taken the token before its head."""
     torch.manual_seed(0)
     model, x = Tokens(lambda logits: logits[:, take]), torch.randn(20, 3, 4)
     twin = nn.Sequential(OrderedDict(body=nn.Linear(4, 6), tanh=nn.Tanh(), fc=nn.Linear(6, CLASSES)))
     twin.load_state_dict(model.state_dict())
-    found, expected = train(model, x, "fc", reward=reward), train(twin, x[:, take], "fc", reward=reward)
+    found, expected = (train(*pair, "fc", config=KEPT[kept]) for pair in ((model, x), (twin, x[:, take])))
     assert_close(found.weights, expected.weights, 1e-4)
+    assert_close(found.scores, expected.scores, 1e-4)
 
 
 def test_two_forwards_of_a_decoder_then_two_losses():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, slow_cross_entropy
+from helpers import CLIP, assert_close, slow_cross_entropy
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -37,7 +37,7 @@ def make(head: Any, **options: Any) -> tuple[ConvNet, FSRWrapper, Tensor, Tensor
     torch.manual_seed(3)
     model = ConvNet().double()
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    recipe = {"dictionary_size": 20, "reward_batch_size": Q, "warmup_epochs": 1, "relabel_weight": 0.0, **options}
+    recipe = {**CLIP, "dictionary_size": 20, "reward_batch_size": Q, "relabel_weight": 0.0, **options}
     fsr = FSRWrapper(model, inner, head, num_samples=N, **recipe)
     x, y = torch.randn(N, 2, 7, 7, dtype=torch.float64), torch.randint(C, (N,))
     for index in torch.arange(N).split(B):
