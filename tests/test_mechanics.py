@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_close, slow_meta_step
+from helpers import CLIP, assert_close, judge_soon, slow_meta_step
 from processes import run
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -26,6 +26,7 @@ from fsr_wrap import FSRWrapper, functional
 from fsr_wrap.heads import Head
 
 N, B, D, H, C = 48, 12, 5, 8, 4
+SELECT = {"weight_rule": "select", "class_balance": 1.0, "relabel_weight": 3.0, "relabel_momentum": 0.8}
 X, Y = torch.randn(N, D, generator=torch.Generator().manual_seed(1)), torch.arange(N) % C
 
 
@@ -69,8 +70,8 @@ class One(Alias):
 def make(build: Callable[[], nn.Module] = Net, head: Any = "fc", **options: Any) -> tuple[Any, FSRWrapper]:
     torch.manual_seed(0)
     model = build()
-    recipe = {"num_samples": N, "dictionary_size": 16, "reward_batch_size": 10, "warmup_epochs": 1, **options}
-    return model, FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.05), head, **recipe)
+    recipe = {"num_samples": N, "dictionary_size": 16, "reward_batch_size": 10, **CLIP, **options}
+    return model, judge_soon(FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.05), head, **recipe), C)
 
 
 def batches(first: int = 0) -> list[Tensor]:
@@ -88,7 +89,7 @@ def train(model: nn.Module, fsr: FSRWrapper, mixup: bool = False, x: Tensor = X)
 # --- modules with two names ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"reward": "fresh"}, {"pusher": "meta_margin"}])
+@pytest.mark.parametrize("options", [{}, {"reward": "fresh"}, {"pusher": "meta_margin"}, SELECT])
 @pytest.mark.parametrize("head", ["all", ["norm", "fc.0"]])
 def test_parts_with_two_names_train_like_parts_with_one(head: Any, options: dict[str, Any]) -> None:
     runs = []
@@ -109,7 +110,7 @@ def in_two_processes(build: type[nn.Module], head: Any) -> tuple[list[Tensor], l
     core = build()
     start = [parameter.detach().clone() for parameter in core.parameters()]
     model = nn.parallel.DistributedDataParallel(core)
-    recipe = {"num_samples": N, "dictionary_size": 16, "reward_batch_size": 10, "warmup_epochs": 1, "reward": "fresh"}
+    recipe = {**CLIP, "num_samples": N, "dictionary_size": 16, "reward_batch_size": 10, "reward": "fresh"}
     fsr = FSRWrapper(model, torch.optim.SGD(core.parameters(), lr=0.05), head, **recipe)
     stayed = []
     for index in batches():
@@ -156,7 +157,7 @@ def test_a_head_with_two_names_trains_like_one_with_one() -> None:
     assert_close(runs[0], runs[1], 0.0)
 
 
-@pytest.mark.parametrize(("mixup", "options"), [(False, {"reward": "fresh"}), (True, {}), (False, {})])
+@pytest.mark.parametrize(("mixup", "options"), [(False, {"reward": "fresh"}), (True, {}), (False, {}), (True, SELECT)])
 @pytest.mark.parametrize("head", ["all", "fc.3"])
 def test_statistics_of_a_part_with_two_names_stay(head: str, mixup: bool, options: dict[str, Any]) -> None:
     model, fsr = make(Alias, head, **options)
@@ -235,8 +236,7 @@ def test_a_real_model_whose_parts_have_two_names() -> None:
         num_samples=4,
         dictionary_size=2,
         reward_batch_size=2,
-        warmup_epochs=0,
-        weight_rule="shift",
+        **{**CLIP, "warmup_epochs": 0, "weight_rule": "shift"},
     )
     params = list(model.parameters())
     before = [parameter.detach().clone() for parameter in params]
@@ -270,7 +270,10 @@ def streams() -> list[Any]:
 
 
 @pytest.mark.parametrize("layer", [Noise, Drop])
-@pytest.mark.parametrize("options", [{}, {"pusher": "meta_margin"}, {"reward": "fresh", "reward_every": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pusher": "meta_margin"}, {"reward": "fresh", "reward_every": 2}, {**SELECT, "pusher": "meta_margin"}],
+)
 def test_a_random_head_leaves_the_streams_alone_and_resumes(layer: type[nn.Module], options: dict[str, Any]) -> None:
     def build() -> nn.Module:
         return Net(nn.Sequential(nn.Linear(H, H), layer(), nn.Linear(H, C)))
@@ -468,17 +471,19 @@ def test_forwards_of_other_kinds_do_not_disturb(head: str, other: Callable[[nn.M
 class Holder(Net):
     """A module that holds its own wrapper, as a LightningModule does."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.fsr = FSRWrapper(
-            self, torch.optim.Adam(self.parameters()), "fc", num_samples=N, dictionary_size=16, warmup_epochs=1
-        )
+        inner = torch.optim.Adam(self.parameters())
+        self.fsr = judge_soon(FSRWrapper(self, inner, "fc", num_samples=N, dictionary_size=16, **options), C)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_module_that_holds_its_own_wrapper_is_copied(whole: bool, duplicate: Callable[[Any], Any]) -> None:
-    model = Holder()
+@pytest.mark.parametrize("options", [{}, CLIP], ids=["select", "clip"])
+def test_a_module_that_holds_its_own_wrapper_is_copied(
+    options: dict[str, Any], whole: bool, duplicate: Callable[[Any], Any]
+) -> None:
+    model = Holder(**options)
     assert "fsr" in vars(model)
     assert len(repr(model)) < 1000
     assert len(list(model.parameters())) == 6
@@ -530,8 +535,9 @@ def test_parts_called_one_by_one_leave_no_stale_inputs(before: str) -> None:
     assert fsr._memory.consumed == 0
 
 
-def test_parts_called_one_by_one_train_where_features_are_kept() -> None:
-    (model, fsr), (other, whole) = make(), make()
+@pytest.mark.parametrize("options", [{}, {**SELECT, "reward": "fresh"}], ids=["clip", "select"])
+def test_parts_called_one_by_one_train_where_features_are_kept(options: dict[str, Any]) -> None:
+    (model, fsr), (other, whole) = make(**options), make(**options)
     for index in batches():
         for one, optimizer, logits in ((model, fsr, in_parts(model, X[index])), (other, whole, other(X[index]))):
             optimizer.loss(logits, Y[index], index).backward()
