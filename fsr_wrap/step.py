@@ -391,9 +391,8 @@ class Reweighting:
         store.average(row, seen.logits, seen.stored, seen.is_open)
         if not selection.active:
             return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(seen.stored)), size)
-        average = functional.distribution(seen.stored * seen.is_open)  # K values of it say nothing of what is shut
-        there = _both(batch.valid, batch.shown)
-        average = average if there is None else average * there[:, None]
+        # K values say nothing of what is shut; and what came before in this epoch may be known to another process only.
+        average = functional.distribution(seen.stored * (seen.is_open & (row >= 0)[:, None]))
         share = (selection.code[seen.index] == WRONG).to(weights.dtype) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
         pull = selection.pull * self.config.relabel_weight
@@ -524,10 +523,6 @@ def _blended(batch: Batch, weights: Tensor, blend: Tensor) -> Tensor:
     if batch.target.ndim == 1 and not batch.label_smoothing:
         return blend.scatter_add_(1, batch.target[:, None], weights[:, None])
     return torch.addcmul(blend, functional.dense_target(batch.target, blend, batch.label_smoothing), weights[:, None])
-
-
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one & other
 
 
 def _label(target: Tensor, given: Tensor | None, mix: Mix | None) -> Tensor:

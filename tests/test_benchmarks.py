@@ -69,7 +69,7 @@ def test_peers_are_l2r(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("options", "judging", "most"),
-    [({}, False, 62), ({"class_balance": 0.0}, False, 61), ({}, True, 85), (CLIP, True, 91)],
+    [({}, False, 62), ({"class_balance": 0.0}, False, 61), ({}, True, 87), (CLIP, True, 91)],
     ids=["plain", "plain, no balance", "judging", "clip"],
 )
 def test_a_step_is_few_operations(options: dict[str, Any], judging: bool, most: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_close
+from helpers import CLIP, assert_close, judge_soon
 from processes import run
 from test_wrapper import CLASSES
 from test_wrapper import digits as float_digits
@@ -64,7 +64,10 @@ def shard(core: nn.Module, parts: bool) -> nn.Module:
 def build(
     options: State, mlp_head: bool = False, samples: int = N + 63, sharded: bool | None = None
 ) -> tuple[nn.Module, nn.Module, FSRWrapper]:
-    """The model, inside DDP (or FSDP2, in parts or not) if there are several processes, and bare; and the wrapper."""
+    """The model, inside DDP (or FSDP2, in parts or not) if there are several processes, and bare; and the wrapper,
+    which judges labels soon, unless `soon` is false."""
+    options = dict(options)
+    soon = options.pop("soon", True)
     core = network(mlp_head)
     if sharded is not None:
         model = shard(core, sharded)
@@ -72,7 +75,8 @@ def build(
         model = DistributedDataParallel(core) if distributed.world_size() > 1 else core
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     recipe = {"dictionary_size": 40, "reward_batch_size": 30, "warmup_epochs": 1, **options}
-    return model, core, FSRWrapper(model, inner, core[2], **{"num_samples": N, "samples_per_epoch": samples, **recipe})
+    fsr = FSRWrapper(model, inner, core[2], **{"num_samples": N, "samples_per_epoch": samples, **recipe})
+    return model, core, judge_soon(fsr, CLASSES) if soon else fsr
 
 
 def train(model: nn.Module, fsr: FSRWrapper, batches: list[Tensor]) -> list[Tensor]:
@@ -97,12 +101,16 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
     """What must not depend on the number of processes."""
     fsr.consolidate()
     state = fsr.state_dict()["fsr"]
-    draw = fsr.dictionary.draw(40, torch.Generator().manual_seed(0))
     parameters = [distributed.whole(parameter.detach()).flatten() for parameter in core.parameters()]
     out = {"parameters": torch.cat(parameters), "scores": state["table"]["score"]}
     out |= {"last_epoch": state["table"]["epoch"], "epoch": fsr.epoch}
     out |= {name: column for name, column in state["table"].items() if name == "learned"}
-    out |= {"members": fsr.dictionary.index, "payload": draw.payload[0], "momentum": fsr.dictionary.score}
+    out |= {"members": fsr.dictionary.index, "momentum": fsr.dictionary.score}
+    if fsr.config.selects:
+        out |= {name: state["selection"][name] for name in ("code", "share", "agreement", "estimated", "apart")}
+        out |= {"log_prior": state.get("log_prior")}
+    else:
+        out |= {"payload": fsr.dictionary.draw(40, torch.Generator().manual_seed(0)).payload[0]}
     return out | ({"pseudo": state["pseudo"]["logits"]} if "pseudo" in state else {})
 
 
@@ -120,17 +128,21 @@ def assert_equal_runs(found: list[State], expected: State) -> None:
 
 
 CASES = [
-    ({}, False),
-    ({"reward": "fresh", "pusher": "meta_margin"}, False),
-    ({"weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}, True),
-    ({"num_samples": None, "dictionary_size": 10}, True),
+    (CLIP, False),
+    ({**CLIP, "reward": "fresh", "pusher": "meta_margin"}, False),
+    ({**CLIP, "weight_rule": "shift", "label_smoothing": 0.1, "relabel_weight": 0.0}, True),
+    ({**CLIP, "num_samples": None, "dictionary_size": 10}, True),
     # Inner products in place of the head's gradient, since there are few reward samples.
-    ({"reward_batch_size": 13, "pusher": "meta_margin", "relabel_storage": 3}, False),
-    ({"reward_batch_size": 13, "pusher": "forgetting_event", "relabel_storage": "int8"}, False),
+    ({**CLIP, "reward_batch_size": 13, "pusher": "meta_margin", "relabel_storage": 3}, False),
+    ({**CLIP, "reward_batch_size": 13, "pusher": "forgetting_event", "relabel_storage": "int8"}, False),
+    ({}, False),
+    ({"soon": False, "num_samples": None}, True),
+    ({"pusher": "meta_margin", "relabel_storage": 3, "label_smoothing": 0.1}, True),
 ]
+RUNS = [(2, 0), (4, 0), (4, 1), (2, 2), (4, 3), (4, 4), (2, 5), (2, 6), (4, 6), (4, 7), (2, 8)]
 
 
-@pytest.mark.parametrize(("world", "case"), [(2, 0), (4, 0), (4, 1), (2, 2), (4, 3), (4, 4), (2, 5)])
+@pytest.mark.parametrize(("world", "case"), RUNS)
 def test_equal_on_any_number_of_processes(world: int, case: int) -> None:
     options, mlp_head = CASES[case]
     batches = global_batches()
@@ -142,14 +154,15 @@ def test_equal_on_any_number_of_processes(world: int, case: int) -> None:
     assert_equal_runs(found, expected)
 
 
-def test_a_repeated_sample_counts_once() -> None:
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_a_repeated_sample_counts_once(options: State) -> None:
     """With and without repeats, scores and dictionary of the first epoch are the same, in one process and in two."""
     with_repeats = global_batches()[0]
     without = list(torch.cat(with_repeats)[:N].split(BATCH))
     outcomes = []
     for batches in (with_repeats, without):
         torch.manual_seed(0)
-        model, core, fsr = build({})
+        model, core, fsr = build(options)
         fsr.optimizer.param_groups[0]["lr"] = 0.0
         train(model, fsr, batches)
         fsr.end_epoch()
@@ -162,7 +175,7 @@ def test_a_repeated_sample_counts_once() -> None:
 # --- with Accelerate's own loader ------------------------------------------------------------------------------------
 
 
-def accelerated(epochs: int) -> State:
+def accelerated(epochs: int, options: State) -> State:
     """Trains with Accelerate on 37 samples a process and step: the last batch repeats samples."""
     from accelerate import Accelerator
     from torch.utils.data import DataLoader, TensorDataset
@@ -175,8 +188,8 @@ def accelerated(epochs: int) -> State:
     train_set = with_index(TensorDataset(x[:N], y[:N]))
     core = network()
     inner = torch.optim.SGD(core.parameters(), lr=0.05, momentum=0.9)
-    recipe = {"dictionary_size": 40, "reward_batch_size": 30, "warmup_epochs": 1}
-    fsr = FSRWrapper(core, inner, dataset=train_set, **recipe)
+    recipe = {"dictionary_size": 40, "reward_batch_size": 30, "warmup_epochs": 1, **options}
+    fsr = judge_soon(FSRWrapper(core, inner, dataset=train_set, **recipe), CLASSES)
     loader = DataLoader(train_set, 37, shuffle=True)
     model, optimizer, loader = accelerator.prepare(core, fsr, loader)
     batches, weights = [], []
@@ -192,12 +205,13 @@ def accelerated(epochs: int) -> State:
     return {**outcome(core, fsr), "weights": torch.cat(weights), "batches": batches}
 
 
-def test_accelerates_loader_with_repeated_samples() -> None:
-    found = run(2, accelerated, EPOCHS)
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_accelerates_loader_with_repeated_samples(options: State) -> None:
+    found = run(2, accelerated, EPOCHS, options)
     batches, _ = [state.pop("batches") for state in found]
     per_epoch = batches[: len(batches) // EPOCHS]
     assert len(torch.cat(per_epoch)) > len(torch.cat(per_epoch).unique()) == N  # some came twice
-    model, core, fsr = build({}, samples=N)
+    model, core, fsr = build(options, samples=N)
     weights = train(model, fsr, batches)
     assert_equal_runs(found, {**outcome(core, fsr), "weights": torch.cat(weights)})
 
@@ -205,7 +219,14 @@ def test_accelerates_loader_with_repeated_samples() -> None:
 # --- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-FSDP_CASES = [({}, False, False), ({}, False, True), ({"reward": "fresh"}, False, True), ({}, True, False)]
+FSDP_CASES = [
+    ({}, False, True),
+    ({}, True, False),
+    (CLIP, False, False),
+    (CLIP, False, True),
+    ({**CLIP, "reward": "fresh"}, False, True),
+    (CLIP, True, False),
+]
 
 
 @pytest.mark.parametrize(("options", "mlp_head", "parts"), FSDP_CASES)
@@ -263,10 +284,10 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         assert "DistributedDataParallel" in message or "do not call" in message  # what to do instead
 
 
-def sharded_state(folder: str) -> State:
+def sharded_state(folder: str, options: State) -> State:
     """Saves under FSDP2, and loads what was saved into FSDP2 and DDP; what comes of one more epoch in each."""
     batches = global_batches()
-    model, core, fsr = build({}, sharded=True)
+    model, core, fsr = build(options, sharded=True)
     for epoch in batches[:2]:
         train(model, fsr, epoch)
     fsr.save(folder)
@@ -274,7 +295,7 @@ def sharded_state(folder: str) -> State:
     outcomes = {}
     for name, sharded in (("undisturbed", None), ("fsdp", True), ("ddp", None)):
         if name != "undisturbed":
-            model, core, fsr = build({}, sharded=sharded)
+            model, core, fsr = build(options, sharded=sharded)
             with torch.no_grad():
                 for parameter, value in zip(core.parameters(), values, strict=True):
                     parameter.copy_(distributed.shard_like(value, parameter))
@@ -284,8 +305,9 @@ def sharded_state(folder: str) -> State:
     return outcomes
 
 
-def test_a_checkpoint_of_fsdp_loads_into_fsdp_and_ddp(tmp_path: Path) -> None:
-    found = run(2, sharded_state, str(tmp_path))[0]
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_a_checkpoint_of_fsdp_loads_into_fsdp_and_ddp(options: State, tmp_path: Path) -> None:
+    found = run(2, sharded_state, str(tmp_path), options)[0]
     assert found["undisturbed"]["epoch"] == 3
     assert_equal_runs([found["fsdp"]], found["undisturbed"])
     assert_equal_runs([found["ddp"]], found["undisturbed"])
@@ -319,7 +341,9 @@ def save_and_go_on(stop: int, folder: str, options: State) -> State:
     return outcome(core, fsr)
 
 
-@pytest.mark.parametrize("options", [{}, {"reward": "fresh", "num_samples": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"soon": False, "num_samples": None}, CLIP, {**CLIP, "reward": "fresh", "num_samples": None}]
+)
 def test_saved_in_mid_epoch_and_loaded_into_any_number_of_processes(options: State, tmp_path: Path) -> None:
     """Bit for bit in as many processes, up to rounding in another number; and saving changes nothing."""
     stop = 13  # of 8 batches an epoch: re-weighting is on
@@ -337,8 +361,8 @@ def test_saved_in_mid_epoch_and_loaded_into_any_number_of_processes(options: Sta
     assert_equal_runs(run(3, until, stop, str(tmp_path), options), undisturbed)
 
 
-def state_of_one_process() -> State:
-    model, _, fsr = build({})
+def state_of_one_process(options: State) -> State:
+    model, _, fsr = build(options)
     train(model, fsr, global_batches()[0][:2])
     with pytest.warns(UserWarning, match=r"call consolidate\(\) in all processes"):
         before = fsr.state_dict()["fsr"]
@@ -348,9 +372,11 @@ def state_of_one_process() -> State:
     return {"held": held, "pseudo": after["pseudo"]["logits"], "scores": before["table"]["score"]}
 
 
-def test_consolidate_brings_what_a_state_dict_of_one_process_lacks() -> None:
-    first, second = run(2, state_of_one_process)
-    assert first["held"][0] + second["held"][0] == first["held"][1] == second["held"][1] == 2 * BATCH
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_consolidate_brings_what_a_state_dict_of_one_process_lacks(options: State) -> None:
+    first, second = run(2, state_of_one_process, options)
+    if options:
+        assert first["held"][0] + second["held"][0] == first["held"][1] == second["held"][1] == 2 * BATCH
     assert_close(first["pseudo"], second["pseudo"], 0.0)
     assert int(first["scores"].isfinite().sum()) == 2 * BATCH  # the scores are everywhere at once
 
@@ -382,20 +408,23 @@ def count_collectives(options: State) -> State:
     return {"counts": counts}
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_rule": "shift"}, {"pusher": "meta_margin", "max_weight": 2.0}])
-def test_at_most_three_small_collectives_a_step(options: State) -> None:
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [({}, 2), (CLIP, 3), ({**CLIP, "weight_rule": "shift"}, 3), ({**CLIP, "pusher": "meta_margin"}, 3)],
+)
+def test_at_most_three_small_collectives_a_step(options: State, last: int) -> None:
     first, second = run(2, count_collectives, options)
     head, rows = 33 * CLASSES, BATCH // 2
     assert first == second
     for counts in first["counts"]:
         assert len(counts) <= 3
         assert max(counts) <= max(head, 2 * 3 * rows) + 16
-    assert len(first["counts"][-1]) == 3
+    assert len(first["counts"][-1]) == last
 
 
 def test_many_classes_send_no_gradient_of_the_head() -> None:
     """With more classes than half of the reward samples features and residuals are gathered in the gradients' place."""
-    first, second = run(2, count_collectives, {"reward_batch_size": 18})
+    first, second = run(2, count_collectives, {**CLIP, "reward_batch_size": 18})
     assert first == second
     rows = BATCH // 2
     sent = first["counts"][-1]
