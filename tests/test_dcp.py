@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import assert_close
+from helpers import CLIP, assert_close
 from processes import run
 from test_distributed import State, build, global_batches, network, outcome, train
 from torch import nn
@@ -46,8 +46,8 @@ class App:
         set_optimizer_state_dict(self.model, self.fsr, state["optim"], options=self.options)
 
 
-def save_and_go_on(folder: str, sharded: bool | None) -> State:
-    model, core, fsr = build({}, sharded=sharded)
+def save_and_go_on(folder: str, sharded: bool | None, options: State) -> State:
+    model, core, fsr = build(options, sharded=sharded)
     train(model, fsr, batches()[:STOP])
     if sharded is None:
         fsr.consolidate()
@@ -56,58 +56,61 @@ def save_and_go_on(folder: str, sharded: bool | None) -> State:
     return outcome(core, fsr)
 
 
-def load_and_go_on(folder: str, sharded: bool | None) -> State:
-    model, core, fsr = build({}, sharded=sharded)
+def load_and_go_on(folder: str, sharded: bool | None, options: State) -> State:
+    model, core, fsr = build(options, sharded=sharded)
     dcp.load({"app": App(model, fsr)}, checkpoint_id=folder)
     train(model, fsr, batches()[STOP:])
     return outcome(core, fsr)
 
 
 @quiet
-@pytest.mark.parametrize("sharded", [True, None])
-def test_saved_by_two_processes_and_loaded_by_as_many_or_three_or_one(sharded: bool | None, tmp_path: Path) -> None:
-    undisturbed = run(2, save_and_go_on, str(tmp_path), sharded)
-    again = run(2, load_and_go_on, str(tmp_path), sharded)
+@pytest.mark.parametrize(("sharded", "options"), [(True, {}), (None, {}), (True, CLIP), (None, CLIP)])
+def test_saved_by_two_processes_and_loaded_by_as_many_or_three_or_one(
+    sharded: bool | None, options: State, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    undisturbed = run(2, save_and_go_on, folder, sharded, options)
+    again = run(2, load_and_go_on, folder, sharded, options)
     for found in again:
         assert_close(found, undisturbed[0], 0.0)
-    for found in [*run(3, load_and_go_on, str(tmp_path), sharded), load_and_go_on(str(tmp_path), None)]:
+    for found in [*run(3, load_and_go_on, folder, sharded, options), load_and_go_on(folder, None, options)]:
         for name, value in undisturbed[0].items():
             assert_close(found[name], value, 2e-3 if name == "pseudo" else 1e-5)
 
 
-def full(broadcast: bool) -> list[State]:
+def full(broadcast: bool, options: State) -> list[State]:
     """A full state dict, on the host of the first process, loaded again into a new model."""
-    model, core, fsr = build({}, sharded=True)
+    model, core, fsr = build(options, sharded=True)
     train(model, fsr, batches()[:STOP])
     app = App(model, fsr, StateDictOptions(full_state_dict=True, cpu_offload=broadcast))
     state = app.state_dict()
     train(model, fsr, batches()[STOP:])
     expected = outcome(core, fsr)
-    model, core, fsr = build({}, sharded=True)
+    model, core, fsr = build(options, sharded=True)
     App(model, fsr, StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)).load_state_dict(state)
     train(model, fsr, batches()[STOP:])
     return [expected, outcome(core, fsr)]
 
 
-@pytest.mark.parametrize("broadcast", [False, True])
-def test_full_state_dicts(broadcast: bool) -> None:
-    for expected, found in run(2, full, broadcast):
+@pytest.mark.parametrize(("broadcast", "options"), [(False, CLIP), (True, {})])
+def test_full_state_dicts(broadcast: bool, options: State) -> None:
+    for expected, found in run(2, full, broadcast, options):
         assert_close(found, expected, 0.0)
 
 
-def by_accelerate(folder: str, kind: str) -> list[State]:
+def by_accelerate(folder: str, kind: str, options: State) -> list[State]:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin, load_fsdp_optimizer, save_fsdp_optimizer
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model, core, fsr = build({}, sharded=True)
+    model, core, fsr = build(options, sharded=True)
     train(model, fsr, batches()[:STOP])
     save_fsdp_optimizer(plugin, accelerator, fsr, model, folder)  # as accelerator.save_state does under FSDP2
     values = [parameter.detach().clone() for parameter in core.parameters()]
     train(model, fsr, batches()[STOP:])
     expected = outcome(core, fsr)
-    model, core, fsr = build({}, sharded=True)
+    model, core, fsr = build(options, sharded=True)
     load_fsdp_optimizer(plugin, accelerator, fsr, model, folder)
     with torch.no_grad():
         for parameter, value in zip(core.parameters(), values, strict=True):
@@ -116,9 +119,9 @@ def by_accelerate(folder: str, kind: str) -> list[State]:
     return [expected, outcome(core, fsr)]
 
 
-@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
-def test_accelerate_under_fsdp2(kind: str, tmp_path: Path) -> None:
-    for expected, found in run(2, by_accelerate, str(tmp_path), kind):
+@pytest.mark.parametrize(("kind", "options"), [("SHARDED_STATE_DICT", {}), ("FULL_STATE_DICT", CLIP)])
+def test_accelerate_under_fsdp2(kind: str, options: State, tmp_path: Path) -> None:
+    for expected, found in run(2, by_accelerate, str(tmp_path), kind, options):
         assert_close(found, expected, 0.0)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import assert_close
+from helpers import CLIP, assert_close
 from test_distributed import State, build, global_batches, outcome, train
 
 from fsr_wrap import FSRWrapper, distributed
@@ -102,7 +102,7 @@ def launch(world: int, folder: Path, options: State, kill: tuple[int, str, int] 
     return codes
 
 
-@pytest.mark.parametrize(("world", "options"), [(1, {}), (1, {"reward": "fresh"}), (2, {})])
+@pytest.mark.parametrize(("world", "options"), [(1, {}), (1, {**CLIP, "reward": "fresh"}), (2, {}), (2, CLIP)])
 def test_killed_twenty_times_and_resumed(world: int, options: State, tmp_path: Path) -> None:
     """Parameters and FSR's state end bit for bit as in the run that nobody killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
