@@ -366,8 +366,12 @@ class Oracle:
         wanted, average = torch.zeros(2, b, self.classes, dtype=torch.float64)
         if batch.clean is not None:  # each part of a mixed image is weighed for itself
             target = self.smooth(self.rows(torch.tensor(batch.label)))
+        met: set[int] = set()
         for i in rows:
-            p = self.samples.get(batch.index[i], Sample()).pseudo
+            sample = self.samples.get(batch.index[i], Sample())
+            again = sample.epoch == self.epoch or batch.index[i] in met  # once an epoch
+            met.add(batch.index[i])
+            p = None if again else sample.pseudo
             if codes[i] == TRAINED:
                 weights[i] = 1 / part
                 wanted[i] += target[i] / part
