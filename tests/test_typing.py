@@ -38,7 +38,7 @@ train_set = with_index(TensorDataset(torch.randn(9, 4), torch.arange(9) % 3))
 config = FSRConfig(relabel_storage=10, pusher=NegativeLoss(), weight_rule="shift")
 config = FSRConfig.preset("inat2018", warmup_epochs=3, relabel_storage="int8")
 fsr = FSRWrapper(model, inner, "2", dataset=train_set, column="index", config=config, pusher="negative_loss")
-fsr = FSRWrapper(model, inner, ["0", model[2]], num_samples=9, max_weight=None, seed=1)
+fsr = FSRWrapper(model, inner, ["0", model[2]], num_samples=9, class_balance=0.5, seed=1)
 optimizer: torch.optim.Optimizer = fsr
 scheduler = torch.optim.lr_scheduler.StepLR(fsr, 3)
 for x, y, index in DataLoader(train_set):
