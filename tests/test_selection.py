@@ -508,12 +508,13 @@ def test_labels_that_come_with_mixed_targets_are_judged() -> None:
 def test_a_sample_whose_target_shows_another_class_takes_no_pseudo_label() -> None:
     """Its averaged probabilities are those of its own image: neither are predictions pulled to them."""
     fsr = run(50, 4)
-    model, memory, index = fsr._reweighting.core, fsr._memory, torch.arange(6)
-    y, prior, x = memory.given.known()[:6].long(), memory.log_prior, torch.randn(6, 2)
+    model, memory = fsr._reweighting.core, fsr._memory
+    prior, x = memory.log_prior, torch.randn(6, 2)
     assert memory.selection is not None
     assert prior is not None
-    memory.selection.code[:6] = torch.tensor([TRAINED, WRONG, WRONG, TRAINED, WRONG, TRAINED], dtype=torch.uint8)
-    for hidden in (True, False):
+    for hidden, index in ((True, torch.arange(6)), (False, torch.arange(6, 12))):  # each sample once an epoch
+        codes = torch.tensor([TRAINED, WRONG, WRONG, TRAINED, WRONG, TRAINED], dtype=torch.uint8)
+        memory.selection.code[index], y = codes, memory.given.known()[index].long()
         target = F.one_hot((y + hidden) % 4, 4).float()
         logits = model(x)
         loss = fsr.loss(logits, target, index, label=y)
