@@ -14,6 +14,7 @@ from .relabel import get_storage
 
 State = dict[str, Any]
 _COUNTERS = {"epoch": 0, "consumed": 0, "draws": 0, "largest": -1, "steps": 0, "gradient_age": 0, "planned": 0}
+_Told = (bool, int, float, type(None))
 
 
 class Unfit(ValueError):
@@ -51,10 +52,11 @@ def check_fit(state: State, config: FSRConfig, num_samples: int | None, version:
         )
 
 
-def check_state(state: State, *, metrics: int, planned: int) -> None:
+def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     """Structure, dtypes, shapes, ranges and finiteness of what `Memory.state_dict` gives.
 
-    **Arguments:** `metrics`, how many sums there are; `planned`, how many reward batches a plan has.
+    **Arguments:** `metrics`, how many sums there are; `sums`, how many the history has; `planned`, how many reward
+    batches a plan has.
 
     **Raises:** `ValueError` naming the first entry that cannot be.
     """
@@ -83,6 +85,8 @@ def check_state(state: State, *, metrics: int, planned: int) -> None:
     if "plan" in state:
         _check_plan(state["plan"], state["dictionary"], planned)
     _check_metrics(state, metrics)
+    if "history" in state:
+        _check_history(state["history"], sums)
 
 
 def _check_selection(state: State, rows: int, classes: int) -> None:
@@ -185,6 +189,14 @@ def _check_metrics(state: State, metrics: int) -> None:
         _need(fits and column.shape == shape and len(column) == len(sizes), "uncounted", tuple(column.shape))
     for name, value in state["gradient"].items():
         _need(isinstance(name, str) and value.is_floating_point(), "gradient", name)
+
+
+def _check_history(state: State, sums: int) -> None:
+    _tensor(state, "sums", torch.float64, (sums,))
+    _need(_is_int(state["samples"]) and state["samples"] >= 0, "history/samples", state["samples"])
+    for entry in state["epochs"]:
+        good = all(isinstance(name, str) and isinstance(value, _Told) for name, value in entry.items())
+        _need(good and _is_int(entry["epoch"]) and _is_int(entry["samples"]), "history/epochs", entry)
 
 
 def _tensor(state: State, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import world_size
 from .functional import effective_sample_size
+from .history import SUMS, History, dictionary_agreement
 from .loading import Unfit, check_fit, check_state
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
@@ -49,6 +50,7 @@ class Memory:
     pseudo: PseudoLabels | None
     selection: Selection | None
     sums: Tensor
+    history: History
 
     def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
         self.config, self.num_samples = config, num_samples
@@ -72,6 +74,14 @@ class Memory:
     def num_classes(self) -> int | None:
         """C, or None before the first batch."""
         return self.dictionary.num_classes if self.ready else None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next batch is re-weighted: labels are taken for wrong, or the warm-up is over and there is
+        reward data."""
+        if self.config.selects:
+            return self.ready and self.selection is not None and self.selection.active
+        return self.epoch >= self.config.warmup_epochs and self.ready and bool(self.dictionary)
 
     def prepare(self, index: Tensor, num_classes: int, device: torch.device) -> None:
         """Makes the tables for the first batch; later makes room in them, and moves them to the batch's device."""
@@ -101,6 +111,7 @@ class Memory:
             self.selection.to(device)
         self.log_prior = None if self.log_prior is None else self.log_prior.to(device)
         self.sums = self.counted().to(device)
+        self.history.to(device)
         self.plan = None if self.plan is None else self.plan.to(device)
         self.gradient = {name: value.to(device) for name, value in self.gradient.items()}
 
@@ -118,10 +129,12 @@ class Memory:
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        self.history = History(device)
         self.pseudo, self.selection, self.ready = pseudo, selection, True
 
     def end_epoch(self) -> None:
         """The best samples of the epoch become the dictionary (Eq. 4); given labels are judged, and classes counted."""
+        active = self.is_active
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
         # Of the old members, those visited in the last epoch and not in this one compete on.
@@ -130,11 +143,15 @@ class Memory:
         self.consumed = 0
         self.dictionary.update(carry, self.generator(0))
         self.plan = None
+        self.counted()
         self.consolidate()
         self.given.end_epoch()
         given = self.given.known()
         if self.selection is not None and self.pseudo is not None:
-            self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, self.table, given, self.pseudo)
+            told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, self.table, given, self.pseudo)
+        else:
+            told = {"dictionary_agreement": dictionary_agreement(self.dictionary, self.pseudo)}
+        self.history.end_epoch(self.epoch - 1, reweighting=active, told=told)
         if self.config.class_balance:
             self._count_classes(given)
 
@@ -161,6 +178,8 @@ class Memory:
         """Brings together what the processes hold apart: candidates' payloads and ŷ. All processes must call it."""
         if self.scattered:
             self.dictionary.consolidate()
+            self.counted()
+            self.history.consolidate()
             if self.pseudo is not None:
                 self.pseudo.consolidate()
             self.scattered = False
@@ -210,6 +229,11 @@ class Memory:
 
         They are added up some 64 steps at a time.
         """
+        self.history.samples += size
+        if not len(weights):
+            if reward_loss is not None:
+                self.history.add_reward_loss(reward_loss, size)
+            return
         if self._uncounted and self._uncounted[0][0].shape != weights.shape:
             self.counted()
         self.steps += 1
@@ -218,8 +242,8 @@ class Memory:
         if len(self._uncounted) == _UNCOUNTED:
             self.counted()
 
-    def counted(self) -> Tensor:
-        """The sums of all steps since the metrics were read, (8,) float64."""
+    def counted(self, known: bool = False) -> Tensor:
+        """The sums of all steps since the metrics were read, (8,) float64. `known`: see `History.add`."""
         if self._uncounted:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
             size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
@@ -235,6 +259,7 @@ class Memory:
                 skipped_reward,
             )
             self.sums += torch.stack([value.to(self.sums.dtype).sum() for value in values])
+            self.history.add(weights, losses, reward_loss, size, known=known)
             self._uncounted, self._sizes = [], []
         return self.sums
 
@@ -267,6 +292,7 @@ class Memory:
             state["given"] = self.given.state_dict()
             state |= {"sums": self.sums.clone(), "gradient": {k: v.clone() for k, v in self.gradient.items()}}
             state |= {"uncounted": self._uncounted_columns(), "sizes": list(self._sizes)}
+            state["history"] = self.history.state_dict()
             if self.pseudo is not None:
                 state["pseudo"] = self.pseudo.state_dict()
             if self.selection is not None:
@@ -286,7 +312,7 @@ class Memory:
         """
         try:
             check_fit(state, config, num_samples, STATE_VERSION)
-            check_state(state, metrics=len(METRICS), planned=_AHEAD)
+            check_state(state, metrics=len(METRICS), sums=SUMS, planned=_AHEAD)
             return cls._rebuilt(state, config, num_samples)
         except Unfit:
             raise
@@ -309,6 +335,13 @@ class Memory:
             self.sums.copy_(state["sums"])
             self._uncounted = list(zip(*(column.clone() for column in state["uncounted"]), strict=True))
             self._sizes = list(state["sizes"])
+            told = "history" in state  # not in states of 0.1, whose steps may be of an epoch that ended
+            if told:
+                self.history.load_state_dict(state["history"])
+            if world_size() > 1 or not told:
+                self.counted(known=True)  # each process has them all
+            if not told:
+                self.history.sums.zero_()
             if "plan" in state and state["plan"].shape[2] == config.reward_batch_size:
                 self.plan = state["plan"].clone()
             self.gradient = {name: value.clone() for name, value in state["gradient"].items()}

@@ -84,29 +84,42 @@ class Selection:
             trained, part = trained & valid, part & valid
         return trained.to(dtype), part.sum(dtype=dtype)[None]
 
-    def end_epoch(self, epoch: int, warmup: int, table: ScoreTable, given: Tensor, average: PseudoLabels) -> None:
+    def end_epoch(
+        self, epoch: int, warmup: int, table: ScoreTable, given: Tensor, average: PseudoLabels
+    ) -> dict[str, float | None]:
         """Looks whether the network learns by heart, and then which labels are wrong. Synchronises with the device.
 
         **Arguments:** `epoch`, the one that ended; `warmup`, how many are plain at least; `given`, the label of each
         sample or −1, (N,); `average`, its averaged probabilities. They must be the same in all processes.
+
+        **Returns:** how often the network agreed with the labels that it trained on, and with those held out, in this
+        epoch, and the estimated share of wrong labels; None for what is not known.
         """
-        given = given.cpu().long()
+        assert table.learned is not None
+        given, code = given.cpu().long(), self.code[:-1].cpu()
+        seen = (table.epoch[:-1] == stored_epoch(epoch)).cpu() & (given >= 0)
+        right = (table.learned[:-1] == LAST).cpu()
+        trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
-            seen = (table.epoch[:-1] == stored_epoch(epoch)).cpu() & (given >= 0)
-            assert table.learned is not None
-            self._watch(epoch, seen, (table.learned[:-1] == LAST).cpu(), given, average)
+            self._watch(epoch, trained[0], held, seen, given, average)
             self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
         if self.active:
             self.code[:-1] = self._judged(table.score[:-1].cpu(), given).to(self.code.device)
+        agreement = {"agreement": trained, "held_out_agreement": held}
+        told: dict[str, float | None] = {name: one for name, (one, number) in agreement.items() if number}
+        if self.estimated:
+            label = given[given >= 0]
+            told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
+        return told
 
-    def _watch(self, epoch: int, seen: Tensor, right: Tensor, given: Tensor, average: PseudoLabels) -> None:
+    def _watch(
+        self, epoch: int, agreement: float, held: tuple[float, int], seen: Tensor, given: Tensor, average: PseudoLabels
+    ) -> None:
         """Compares what is trained on with what is held out; renews the shares as long as learning is all there is.
 
         A network that learns agrees more with both, one that learns by heart with the former alone.
         """
-        held = (self.code[:-1] == HELD).cpu()
-        agreement, _ = _mean(right[seen & ~held])
-        outside, number = _mean(right[seen & held])
+        outside, number = held
         spread = max(share * (1 - share) for share in (agreement, outside, 0.01))
         error = math.sqrt(spread / max(number, 1))
         learns, stalls = False, True
@@ -130,12 +143,16 @@ class Selection:
         """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""
         known = (given >= 0) & score.isfinite()
         label = given[known]
-        number = torch.bincount(label, minlength=len(self.share))
-        wrong = (number * self.share.double()).long()
+        wrong = self._wrong(label)
         self.pull = min(1.0, int(wrong.sum()) / max(1, len(label)) / _NOISY)
         code = torch.full(score.shape, TRAINED, dtype=torch.uint8)
         code[known] = torch.where(_rank(score[known], label) < wrong[label], WRONG, TRAINED).to(torch.uint8)
         return code
+
+    def _wrong(self, label: Tensor) -> Tensor:
+        """How many labels of each class are wrong, (C,), by the estimated shares."""
+        number = torch.bincount(label, minlength=len(self.share))
+        return (number * self.share.double()).long()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""

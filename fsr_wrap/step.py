@@ -110,12 +110,8 @@ class Reweighting:
 
     @property
     def is_active(self) -> bool:
-        """Whether the next batch is re-weighted: labels are taken for wrong, or the warm-up is over and there is
-        reward data."""
-        memory = self.memory
-        if self.config.selects:
-            return memory.ready and memory.selection is not None and memory.selection.active
-        return memory.epoch >= self.config.warmup_epochs and memory.ready and bool(memory.dictionary)
+        """Whether the next batch is re-weighted."""
+        return self.memory.is_active
 
     @property
     def waiting(self) -> int:
@@ -328,10 +324,9 @@ class Reweighting:
         else:
             decision = self._relabel(batch, seen, row, weights, size, mean_square)
         self.weights = weights
-        if len(weights):
-            bad = None if valid is None else (~valid).sum()
-            more = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
-            memory.count(weights, seen.losses, size, **more)
+        bad = None if valid is None else (~valid).sum()
+        more = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
+        memory.count(weights, seen.losses, size, **more)
         return decision
 
     def _look(self, batch: _Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:

@@ -295,6 +295,21 @@ class FSRWrapper(Optimizer):
         out["fsr/dictionary_size"] = len(memory.dictionary)
         return out
 
+    @property
+    def history(self) -> list[dict[str, float | None]]:
+        """How training went, an entry for each epoch that ended; kept in the state, the same in all processes.
+
+        Of the epoch, over all processes: `epoch` (from 0), `samples`, `loss` (the weighted loss), `reward_loss` (0
+        where there is no reward data), `zero_weight_ratio` (the share of samples of weight 0), `effective_share` (the
+        effective sample size (Σω)²/Σω², as a share of the samples), `reweighting` (whether samples were re-weighted or
+        labels taken for wrong). As it ended, and None where it is not known: under `weight_rule="select"`
+        `agreement` and `held_out_agreement` (how often the network agreed with the labels that it trained on, and with
+        those held out, which are trained on once labels are judged) and `wrong_share` (the estimated share of wrong
+        labels); under the paper's rules `dictionary_agreement` (how many of the dictionary's samples are classified, on
+        average, as they are labelled: a sign of its purity).
+        """
+        return [dict(entry) for entry in self._memory.history.epochs] if self._memory.ready else []
+
     @_in_group
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, and FSR's own state under `"fsr"`: plain tensors, numbers and strings.
