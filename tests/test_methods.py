@@ -773,6 +773,17 @@ def test_runs_are_written_skipped_and_shown(
     assert "±" in shown[3]
     compare.plot(compare.read_runs(compare.parse(flags)), tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+    packed = tmp_path / "packed.json"
+    monkeypatch.setattr("sys.argv", ["compare.py", *flags, "--pack", str(packed)])
+    compare.main()
+    assert len(json.loads(packed.read_text())) == 5
+    again = ["--out", str(packed), *flags[2:]]
+    assert compare.table(compare.read_runs(compare.parse(again)), "last").splitlines()[2:] == shown[2:]
+    monkeypatch.setitem(METHODS, "fsr", METHODS["mine"])
+    runs = compare.read_runs(compare.parse(again))
+    compare.plot_curves({**runs, (key, "fsr"): runs[key, "mine"]}, tmp_path / "curves.svg")
+    assert "FSR" in (tmp_path / "curves.svg").read_text()
     named = compare.parse([*flags, "--cases", "fashion-tail50", "cifar-small-a"]).cases
     assert named == ["fashion-tail50", "cifar-small-aggre"]
     with pytest.raises(SystemExit):

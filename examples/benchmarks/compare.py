@@ -2,7 +2,9 @@
 
     python examples/benchmarks/compare.py --out DIR --fashion DIR --cifar DIR [--cases fashion] [--methods ce elr fsr]
     python examples/benchmarks/compare.py --out DIR --table
-    python examples/benchmarks/compare.py --out DIR --plot compare.svg
+    python examples/benchmarks/compare.py --out DIR --plot compare.svg --curves curves.svg --pack compare.json
+
+`--out` may be the packed file for what only reads.
 
 Each run writes a JSON file of its own into `--out`; runs that are there already are not run again, and two processes
 with the same command share the work. The cases are in `cases.py`, the methods in `examples/methods`. Everybody has the
@@ -28,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
@@ -212,8 +215,9 @@ def read_runs(args: argparse.Namespace) -> dict[tuple[str, str], list[Run]]:
     """The runs in `--out` that the flags name, by case and method, in the flags' order; those of other lengths are left
     out. All methods found are shown if `--methods` is not given."""
     runs: dict[tuple[str, str], list[Run]] = {}
-    for path in sorted(args.out.glob("*.json")):
-        run = json.loads(path.read_text())
+    packed = args.out.is_file()
+    found = json.loads(args.out.read_text()) if packed else [json.loads(p.read_text()) for p in args.out.glob("*.json")]
+    for run in sorted(found, key=lambda run: (run["case"], run["method"], run["split"], run["seed"])):
         key, name = run["case"], run["method"]
         if key not in args.cases or run["split"] not in args.splits or run["seed"] not in args.seeds:
             continue
@@ -259,13 +263,39 @@ def table(runs: dict[tuple[str, str], list[Run]], value: str) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
-    """Accuracy at the last epoch against cost, a panel a case."""
+def pyplot() -> Any:
+    """Matplotlib for files that read in light and in dark: no background, and text of a grey between."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap", "font.size": 11})
+    return plt
+
+
+def plot_curves(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
+    """Test accuracy by epoch of cross-entropy and FSR, mean and range over the runs, a panel a case."""
+    plt = pyplot()
+    cases = [key for key in dict.fromkeys(key for key, _ in runs) if {(key, "ce"), (key, "fsr")} <= set(runs)]
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 3.6), squeeze=False)
+    for panel, key in zip(panels[0], cases, strict=True):
+        for name, color, title in (("ce", "#c8553d", "cross-entropy"), ("fsr", "#2a86b8", "FSR")):
+            curves = np.array([run["curve"] for run in runs[key, name]])
+            epochs = np.arange(1, curves.shape[1] + 1)
+            panel.plot(epochs, curves.mean(0), color=color, linewidth=2, label=title)
+            panel.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+        panel.set(title=CASES[key].title, xlabel="epoch", ylabel="test accuracy")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
+    """Accuracy at the last epoch against cost, a panel a case."""
+    plt = pyplot()
     cases = [*dict.fromkeys(key for key, _ in runs)]
     columns = min(3, len(cases))
     rows = -(-len(cases) // columns)
@@ -277,7 +307,7 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
             values = [run["last"] for run in part]
             x, y = statistics.median(run["cost"] for run in part), statistics.mean(values)
             color = (
-                "#2a6f97" if name.startswith("fsr") else "#c8963e" if METHODS.get(name, FSR).needs_clean else "#777777"
+                "#2a86b8" if name.startswith("fsr") else "#c8963e" if METHODS.get(name, FSR).needs_clean else "#888888"
             )
             error = statistics.stdev(values) if len(values) > 1 else 0
             panel.errorbar(x, y, error, fmt="o", color=color, markersize=4)
@@ -288,6 +318,15 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
         panel.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def rounded(value: Any) -> Any:
+    """With numbers of five digits, so that the file is small."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -306,6 +345,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: the case's own")
     parser.add_argument("--table", nargs="?", const="last", help="print a table of last, best, many, medium or few")
     parser.add_argument("--plot", type=Path, help="draw accuracy against cost")
+    parser.add_argument("--curves", type=Path, help="draw cross-entropy's and FSR's accuracy by epoch")
+    parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args(arguments)
     for name, fields in args.variant:
         METHODS[name] = type(name, (FSR,), {"title": name, "make_config": partial_config(json.loads(fields))})
@@ -332,12 +373,20 @@ def partial_config(fields: dict[str, Any]) -> Any:
 def main() -> None:
     """Runs what is missing, or shows what is there."""
     args = parse()
-    if not args.table and not args.plot:
+    shows = (args.table, args.plot, args.curves, args.pack)
+    if not any(shows):
         run_all(args)
+        return
+    runs = read_runs(args)
     if args.table:
-        print(table(read_runs(args), args.table))
+        print(table(runs, args.table))
     if args.plot:
-        plot(read_runs(args), args.plot)
+        plot(runs, args.plot)
+    if args.curves:
+        plot_curves(runs, args.curves)
+    if args.pack:
+        lines = [json.dumps(rounded(run), separators=(",", ":")) for part in runs.values() for run in part]
+        args.pack.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 if __name__ == "__main__":
