@@ -10,6 +10,8 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, I
 
 from . import distributed
 
+LABELS = ("label", "labels", "target", "targets", "y")  # what columns of class numbers are called
+
 
 def with_index(dataset: Any, column: str = "index") -> Any:
     """The data set with each sample's index added, as `FSRWrapper.loss` needs it.
@@ -39,26 +41,26 @@ def with_index(dataset: Any, column: str = "index") -> Any:
     """
     if isinstance(dataset, (IndexedDataset, IndexedIterableDataset)) and dataset.column == column:
         return dataset
-    if _is_hugging_face(dataset, "Dataset"):
+    if is_hugging_face(dataset, "Dataset"):
         return _with_column(dataset, column)
-    if _is_hugging_face(dataset, "IterableDataset"):
+    if is_hugging_face(dataset, "IterableDataset"):
         return _with_count(dataset, column)
     if isinstance(dataset, IterableDataset):
         sized = hasattr(dataset, "__len__")
         return (_SizedIndexedIterableDataset if sized else IndexedIterableDataset)(dataset, column)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict):
         return IndexedDataset(dataset, column)
-    raise _no_data_set(dataset, "DataLoader(with_index(dataset), ...)")
+    raise no_data_set(dataset, "DataLoader(with_index(dataset), ...)")
 
 
-def _no_data_set(found: Any, line: str) -> TypeError:
+def no_data_set(found: Any, line: str) -> TypeError:
     return TypeError(
         f"{type(found).__name__} is no data set: give a torch or Hugging Face data set, not a loader or an iterator: "
         f"{line}."
     )
 
 
-def _is_hugging_face(dataset: Any, name: str) -> bool:
+def is_hugging_face(dataset: Any, name: str) -> bool:
     return any(base.__module__.split(".")[0] == "datasets" and base.__name__ == name for base in type(dataset).__mro__)
 
 
@@ -82,6 +84,27 @@ def _with_column(dataset: Any, column: str) -> Any:
         columns = [*form["columns"], column]
     indexed = dataset.with_format(None).add_column(column, numpy.arange(len(dataset)))
     return indexed.with_format(form["type"], columns, form["output_all_columns"], **kwargs)
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The names of the classes, where the data set has them: as a Hugging Face `ClassLabel`, or torchvision's
+    `classes`."""
+    found = [_own_names(leaf) for leaf in _leaves(dataset)]
+    return found[0] if found and all(names == found[0] for names in found) else None
+
+
+def _own_names(dataset: Any) -> list[str] | None:
+    if is_hugging_face(dataset, "Dataset") or is_hugging_face(dataset, "IterableDataset"):
+        features = {key: feature for key, feature in (dataset.features or {}).items() if hasattr(feature, "int2str")}
+        usual = [key for key in LABELS if key in features]
+        key = usual[0] if usual else next(iter(features)) if len(features) == 1 else None
+        names = None if key is None else features[key].names
+    else:
+        names = getattr(dataset, "classes", None)
+        if names is None and isinstance(dataset, _Indexed):
+            return class_names(dataset.dataset)
+    good = isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)
+    return list(names) if good and names is not None else None
 
 
 class _KeepColumn:
@@ -252,7 +275,7 @@ def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int 
     is_map_style = hasattr(dataset, "__getitem__") and not isinstance(dataset, (str, Mapping))
     if not (is_map_style or isinstance(dataset, IterableDataset)) or isinstance(dataset, DataLoader):
         line = "num_samples=..." if _is_whole(dataset) else "dataset=loader.dataset"
-        raise _no_data_set(dataset, f"FSRWrapper(model, optimizer, {line})")
+        raise no_data_set(dataset, f"FSRWrapper(model, optimizer, {line})")
     leaves = _leaves(dataset)
     indexed = [leaf for leaf in leaves if isinstance(leaf, _Indexed)]
     if indexed and any(leaf is not indexed[0] for leaf in leaves):
@@ -278,7 +301,7 @@ def _leaves(dataset: Any) -> list[Any]:
 
 def _rows(dataset: Any, column: str) -> int:
     rows = len(dataset)
-    if not _is_hugging_face(dataset, "Dataset") or column not in dataset.column_names:
+    if not is_hugging_face(dataset, "Dataset") or column not in dataset.column_names:
         return rows
     import pyarrow.compute
 

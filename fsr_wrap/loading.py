@@ -65,6 +65,8 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     _need(state["planned"] <= planned, "planned", state["planned"])
     samples = state["num_samples"]
     _need(samples is None or (_is_int(samples) and samples > state["largest"]), "num_samples", samples)
+    names = state.get("class_names", [])
+    _need(isinstance(names, list) and all(isinstance(name, str) for name in names), "class_names", names)
     if "table" not in state:
         return
     rows, classes = len(state["table"]["score"]), state["dictionary"]["num_classes"]
@@ -75,6 +77,9 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     if selects or "given" in state:
         label = _tensor(state["given"], "label", label_dtype(classes), (rows,))
         _need(_within(label, -1, classes), "given/label", "a class that is not there")
+    if "visits" in state:
+        seen, unused = (_tensor(state["visits"], name, torch.int16, (rows,)) for name in ("seen", "unused"))
+        _need(bool(((unused >= 0) & (unused <= seen)).all()), "visits", "more without a label than there were")
     if selects or "pseudo" in state:
         _check_pseudo(state["pseudo"], rows, classes, state["config"]["relabel_storage"])
     if selects:

@@ -18,7 +18,8 @@ from .history import SUMS, History, dictionary_agreement
 from .loading import Unfit, check_fit, check_state
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
-from .selection import WRONG, Selection
+from .selection import TRAINED, WRONG, Selection
+from .visits import Visits
 
 STATE_VERSION = 1
 METRICS = (
@@ -49,6 +50,7 @@ class Memory:
     dictionary: RewardDictionary
     pseudo: PseudoLabels | None
     selection: Selection | None
+    visits: Visits
     sums: Tensor
     history: History
 
@@ -69,6 +71,7 @@ class Memory:
         self._uncounted: list[tuple[Any, ...]] = []
         self._sizes: list[int] = []
         self.scattered = False  # whether a part of it is in other processes only
+        self.class_names: list[str] | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -99,11 +102,13 @@ class Memory:
             self.selection.grow(rows)
         self.table.grow(rows)
         self.given.grow(rows)
+        self.visits.grow(rows)
         self.largest = largest
 
     def _to(self, device: torch.device) -> None:
         self.table.to(device)
         self.given.to(device)
+        self.visits.to(device)
         self.dictionary.to(device)
         if self.pseudo is not None:
             self.pseudo.to(device)
@@ -125,6 +130,7 @@ class Memory:
         learned = config.selects or config.get_pusher().needs_learned
         self.table = ScoreTable(rows, config.score_momentum, device, learned=learned)
         self.given = GivenLabels(rows, num_classes, device)
+        self.visits = Visits(rows, device)
         # Features take little room: a long buffer saves time. Inputs may be images: a short one saves room.
         long = max(512, config.dictionary_size) if config.reward == "cached" else None
         self.dictionary = RewardDictionary(num_classes, config.dictionary_size, buffer=long, device=device)
@@ -147,6 +153,7 @@ class Memory:
         self.consolidate()
         self.given.end_epoch()
         given = self.given.known()
+        self.visits.end_epoch(*self._seen(self.epoch - 1))
         if self.selection is not None and self.pseudo is not None:
             told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, self.table, given, self.pseudo)
         else:
@@ -154,6 +161,16 @@ class Memory:
         self.history.end_epoch(self.epoch - 1, reweighting=active, told=told)
         if self.config.class_balance:
             self._count_classes(given)
+
+    def _seen(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Who was seen in an epoch, and whose label is not trained on, (N,) bool each."""
+        seen = self.table.epoch[:-1] == stored_epoch(epoch)
+        return seen, torch.zeros_like(seen) if self.selection is None else self.selection.code[:-1] != TRAINED
+
+    def counted_visits(self) -> tuple[Tensor, Tensor]:
+        """Epochs in which each sample was seen, this one too, and in how many its label counted for nothing, (N,)."""
+        seen, unused = self._seen(self.epoch)
+        return self.visits.seen.int() + seen, self.visits.unused.int() + (seen & unused)
 
     def _count_classes(self, given: Tensor) -> None:
         """The prior: how often each class was given, labels that are taken for wrong left out."""
@@ -287,9 +304,11 @@ class Memory:
         state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
         state["world_size"] = world_size()  # for people
         state |= {name: getattr(self, name) for name in _NUMBERS}
+        if self.class_names is not None:
+            state["class_names"] = list(self.class_names)
         if self.ready:
             state |= {"table": self.table.state_dict(), "dictionary": self.dictionary.state_dict()}
-            state["given"] = self.given.state_dict()
+            state |= {"given": self.given.state_dict(), "visits": self.visits.state_dict()}
             state |= {"sums": self.sums.clone(), "gradient": {k: v.clone() for k, v in self.gradient.items()}}
             state |= {"uncounted": self._uncounted_columns(), "sizes": list(self._sizes)}
             state["history"] = self.history.state_dict()
@@ -324,6 +343,7 @@ class Memory:
         self = cls(config, num_samples)
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        self.class_names = state.get("class_names")
         if "table" in state:
             rows = state["table"]["score"].shape[0]
             dictionary = RewardDictionary.from_state_dict(state["dictionary"])
@@ -332,6 +352,8 @@ class Memory:
             self.table.load_state_dict(state["table"])
             if "given" in state:
                 self.given.load_state_dict(state["given"])
+            if "visits" in state:
+                self.visits.load_state_dict(state["visits"])
             self.sums.copy_(state["sums"])
             self._uncounted = list(zip(*(column.clone() for column in state["uncounted"]), strict=True))
             self._sizes = list(state["sizes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -180,16 +181,22 @@ class PseudoLabels:
         """
         self._write(row, torch.lerp(logits.softmax(1), stored, self.momentum), is_open)
 
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """ŷ or p̄ of all samples, some rows at a time: which they are, and their values, (n, C) float32."""
+        rows = max(1, _CHUNK // self.num_classes)
+        for start in range(0, len(self), rows):
+            where = slice(start, min(start + rows, len(self)))
+            part = {name: column[where] for name, column in self.columns.items()}
+            yield where, self.storage.decode(part, self.num_classes, torch.float32)[0]
+
     def surest(self) -> tuple[Tensor, Tensor, Tensor]:
         """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
 
         Where a sample was never seen, the first is 0, and it has no part in the mean.
         """
-        rows, best = max(1, _CHUNK // self.num_classes), []
+        best = []
         mean = self.columns["logits"].new_zeros(self.num_classes, dtype=torch.float64)
-        for start in range(0, len(self), rows):
-            part = {name: column[start : min(start + rows, len(self))] for name, column in self.columns.items()}
-            values, _ = self.storage.decode(part, self.num_classes, torch.float32)
+        for _, values in self.parts():
             values = distribution(values)
             mean += values.sum(0)
             best.append([one.cpu() for one in values.max(1)])

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from . import carry, distributed, functional
+from . import carry, cleaning, distributed, functional, issues
 from .checks import as_logits
 from .config import FSRConfig, Overrides, check_names
-from .data import sample_counts
+from .data import class_names, sample_counts
 from .dictionary import RewardDictionary
 from .groups import check_alike, find_group
 from .heads import Head, check_parallelism, resolve_part, unwrap
@@ -29,6 +29,8 @@ from .state import read_state, write_state
 from .step import Reweighting
 
 if TYPE_CHECKING:
+    from numpy import ndarray
+    from pandas import DataFrame
     from typing_extensions import Unpack
 
 
@@ -130,7 +132,9 @@ class FSRWrapper(Optimizer):
         self.config = config
         self._group = group
         self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total))
+        self._column = column
         self._samples_per_epoch = samples_per_epoch or length or num_samples
+        self._memory.class_names = None if dataset is None else class_names(dataset)
         self._reminders = Reminders(self._samples_per_epoch)
         self._warned = self._warned_of_state = False
         self._alike = False  # whether the processes are known to be
@@ -310,6 +314,74 @@ class FSRWrapper(Optimizer):
         """
         return [dict(entry) for entry in self._memory.history.epochs] if self._memory.ready else []
 
+    def label_issues(self, share: float | None = None, *, class_names: Sequence[str] | None = None) -> DataFrame:
+        """Which labels look wrong, as a pandas DataFrame: a row for each sample, by its index.
+
+        It costs no training and no pass over the data: it is read from what `loss` has left. It is the same in all
+        processes, and what a state dict or `save` keeps is enough for it. Ask at the end of an epoch, best of the last.
+
+        **Arguments:**
+
+        - `share`: of all samples, those of the lowest quality are issues. If it is not given, about as many as there
+            are wrong labels, by the run's own estimate.
+        - `class_names`: of the C classes. If they are not given, those of the data set that the wrapper was given: of
+            a Hugging Face `ClassLabel`, or torchvision's `classes`.
+
+        **Returns:** the columns, the first four as in cleanlab:
+
+        - `is_label_issue`: bool. `label_quality`: in [0, 1], the lower, the likelier is the label wrong.
+        - `given_label` and `predicted_label`: class numbers, <NA> where there is none. Predictions are averaged over
+            epochs; under the paper's rules with `relabel_weight=0` they are not kept.
+        - `given_name` and `predicted_name`, where the classes have names.
+        - `score`: P̂, see [`scores`][fsr_wrap.FSRWrapper.scores]. `visits`: epochs in which the sample was seen.
+        - `zero_weight`: under `"select"` the share of these in which the label was not trained on, as it was held out
+            or taken for wrong; else NaN.
+
+        A sample that was never seen is no issue, and has NaN or <NA>.
+
+        **Raises:** `RuntimeError` before the first `loss()`, and in mid-epoch of several processes without
+        [`consolidate`][fsr_wrap.FSRWrapper.consolidate]; `ValueError` for a share out of [0, 1] or another number of
+        names; `ImportError` without pandas: `pip install fsr_wrap[report]`.
+        """
+        return issues.label_issues_from_memory(self._memory, share, class_names)
+
+    def pred_probs(self) -> ndarray:
+        """The averaged predictions, a NumPy array (N, C) float32 whose rows sum to 1, as cleanlab takes them.
+
+        `cleanlab.filter.find_label_issues(labels, fsr.pred_probs())`. They are averages over epochs, of a network that
+        was also trained on these samples. A sample that was never seen has 1/C everywhere.
+
+        **Raises:** `RuntimeError` as in [`label_issues`][fsr_wrap.FSRWrapper.label_issues], and where predictions are
+        not kept, under the paper's rules with `relabel_weight=0`.
+        """
+        return issues.pred_probs(self._memory)
+
+    def cleaned(
+        self, dataset: Any, *, drop: bool = False, relabel: bool = False, issues: DataFrame | None = None
+    ) -> Any:
+        """The data set without the samples whose labels look wrong, or with the predicted labels in their place.
+
+        ```python
+        clean = fsr.cleaned(train_set, drop=True)
+        ```
+
+        **Arguments:**
+
+        - `dataset`: the one that was trained on, a torch map-style or a Hugging Face `Dataset`, with or without
+            [`with_index`][fsr_wrap.with_index]. Where its samples have indices, it may also be a part of it, in any
+            order.
+        - `drop` or `relabel`: one of them must be True.
+        - `issues`: what [`label_issues`][fsr_wrap.FSRWrapper.label_issues] gave, edited as you like: `is_label_issue`
+            and `predicted_label` are looked at. If it is not given, `label_issues()`.
+
+        **Returns:** a data set of the same kind (of torch, a `Subset`). Samples that have an index keep it: for a new
+        wrapper that starts afresh, that is as good as new ones. Nothing is copied, and the data set stays as it was.
+
+        **Raises:** `TypeError` for a stream or no data set; `ValueError` if it is another data set than was trained
+        on; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
+        """
+        return cleaning.clean(self._memory, dataset, drop=drop, relabel=relabel, table=issues, column=self._column)
+
     @_in_group
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, and FSR's own state under `"fsr"`: plain tensors, numbers and strings.
@@ -366,6 +438,7 @@ class FSRWrapper(Optimizer):
 
     def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
         self.optimizer.load_state_dict(self._sharded(state_dict))
+        memory.class_names = self._memory.class_names or memory.class_names
         self._reweighting.take_over(memory)
         self._alike = False
 

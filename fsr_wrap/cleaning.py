@@ -1,0 +1,162 @@
+"""The data set without its wrong labels, or with other labels in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from .data import LABELS, IndexedDataset, is_hugging_face, no_data_set
+from .issues import find_issues, known_rows
+from .memory import Memory
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: DataFrame | None, column: str) -> Any:
+    """See `FSRWrapper.cleaned`. `column`: where a Hugging Face data set has its indices."""
+    if drop == relabel:
+        raise ValueError("Say what shall become of the wrong labels: cleaned(dataset, drop=True) or relabel=True.")
+    stream = isinstance(dataset, torch.utils.data.IterableDataset) or is_hugging_face(dataset, "IterableDataset")
+    if stream:
+        raise TypeError(
+            "A stream has no samples to look up. Leave the wrong labels out yourself: issues = fsr.label_issues(); "
+            "bad = set(issues.index[issues.is_label_issue]); stream.filter(lambda sample: sample['index'] not in bad)."
+        )
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
+        raise no_data_set(dataset, "fsr.cleaned(dataset, drop=True)")
+    rows = known_rows(memory)
+    number = _indices(dataset, column)
+    if number is None:
+        if len(dataset) != rows:
+            raise ValueError(
+                f"The data set has {len(dataset)} samples, and {rows} were trained on. Give the one that was trained "
+                "on, or a part of it whose samples have their indices: a part of with_index(dataset)."
+            )
+        number = torch.arange(rows)
+    if len(number) and not 0 <= int(number.min()) <= int(number.max()) < rows:
+        raise ValueError(
+            f"The data set's indices go from {int(number.min())} to {int(number.max())}, and {rows} samples were "
+            "trained on: give the data set that was trained on."
+        )
+    flagged, predicted = _verdict(memory, table, rows)
+    flagged, predicted = flagged[number], predicted[number]
+    if drop:
+        kept = (~flagged).nonzero()[:, 0].tolist()
+        return dataset.select(kept) if is_hugging_face(dataset, "Dataset") else Subset(dataset, kept)
+    if bool((flagged & (predicted < 0)).any()):
+        raise RuntimeError(
+            "Some labels look wrong and have no prediction to put in their place: no averaged predictions are kept "
+            "with relabel_weight=0. Pass drop=True."
+        )
+    given = memory.given.known()[:rows].cpu().long()[number]
+    if is_hugging_face(dataset, "Dataset"):
+        return _relabelled(dataset, flagged, given, predicted)
+    where = flagged.nonzero()[:, 0]
+    pairs = zip(given[where].tolist(), predicted[where].tolist(), strict=True)
+    return RelabelledDataset(dataset, dict(zip(where.tolist(), pairs, strict=True)))
+
+
+def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Which labels are wrong, and what they are to be, (N,) each."""
+    if table is None:
+        found = find_issues(memory)
+        return found.is_issue, found.predicted
+    wrong = table[table["is_label_issue"].astype(bool)]
+    index = torch.tensor(wrong.index.to_list(), dtype=torch.int64)
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < rows:
+        raise ValueError(f"The table of issues has indices outside [0, {rows}), the samples that were trained on.")
+    flagged, predicted = torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
+    flagged[index] = True
+    predicted[index] = torch.tensor(wrong["predicted_label"].fillna(-1).astype("int64").to_list(), dtype=torch.int64)
+    classes = memory.num_classes or 0
+    if int(predicted.max()) >= classes:
+        raise ValueError(f"The table of issues has a predicted_label of {int(predicted.max())}; there are {classes}.")
+    return flagged, predicted
+
+
+def _indices(dataset: Any, column: str) -> Tensor | None:
+    """The index of each of its samples, (n,), None if they have none."""
+    if is_hugging_face(dataset, "Dataset"):
+        if column not in dataset.column_names:
+            return None
+        return torch.as_tensor(dataset.with_format("numpy")[column][:].astype("int64"))
+    if isinstance(dataset, IndexedDataset):
+        return torch.arange(len(dataset))
+    if isinstance(dataset, Subset):
+        inside = _indices(dataset.dataset, column)
+        return None if inside is None else inside[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+    return None
+
+
+class RelabelledDataset(Subset[Any]):
+    """A map-style data set with other labels for some of its samples; made by `FSRWrapper.cleaned`.
+
+    **Arguments:** `dataset`; `changes`, by position, the label that there is and the one to put in its place.
+    """
+
+    def __init__(self, dataset: Dataset[Any], changes: dict[int, tuple[int, int]]) -> None:
+        super().__init__(dataset, range(len(dataset)))  # type: ignore[arg-type]
+        self.changes = changes
+
+    def __getitem__(self, index: Any) -> Any:
+        position = int(index) + (len(self) if index < 0 else 0)
+        sample = self.dataset[index]
+        return sample if position not in self.changes else _changed(sample, position, *self.changes[position])
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+def _changed(sample: Any, position: int, given: int, new: int) -> Any:
+    """The sample with the new label. **Raises:** `ValueError` if the given one is not found in it."""
+    if isinstance(sample, Mapping):
+        places: list[Any] = [key for key in LABELS if key in sample]
+    else:
+        places = [1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else []
+    places = [place for place in places if _is_label(sample[place], given)]
+    if not places:
+        raise ValueError(
+            f"Sample {position} was trained on with the label {given}, which is not found in it: looked at was "
+            f"sample[1], or of a dict {', '.join(repr(key) for key in LABELS)}. Give the data set that was trained on."
+        )
+    old = sample[places[0]]
+    label = torch.full_like(old, new) if isinstance(old, Tensor) else type(old)(new)
+    if isinstance(sample, Mapping):
+        return {**sample, places[0]: label}
+    if hasattr(sample, "_fields"):
+        return sample._replace(**{sample._fields[1]: label})
+    return type(sample)([*sample[:1], label, *sample[2:]])
+
+
+def _is_label(value: Any, given: int) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_floating_point() and int(value) == given
+    return hasattr(value, "__index__") and int(value) == given
+
+
+def _relabelled(dataset: Any, flagged: Tensor, given: Tensor, predicted: Tensor) -> Any:
+    """The Hugging Face data set with the predicted labels where they are flagged."""
+    known = given >= 0
+    found = []
+    for name, feature in dataset.features.items():
+        if getattr(feature, "dtype", "").startswith(("int", "uint")):
+            values = torch.as_tensor(dataset.with_format("numpy")[name][:].astype("int64"))
+            if torch.equal(values[known], given[known]):
+                found.append((name, values))
+    if len(found) != 1:
+        names = [name for name, _ in found]
+        raise ValueError(
+            f"The labels that were trained on are those of {names or 'no column'} of the data set. Give the data set "
+            "that was trained on, with one column of its labels, or change them yourself by what label_issues() says."
+        )
+    name, values = found[0]
+    form, feature = dataset.format, dataset.features[name]
+    mended = torch.where(flagged, predicted, values).numpy()
+    plain = dataset.with_format(None)
+    changed = plain.remove_columns(name).add_column(name, mended, feature=feature).select_columns(plain.column_names)
+    return changed.with_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])
