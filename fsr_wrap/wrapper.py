@@ -587,6 +587,14 @@ class FSRWrapper(Optimizer):
         close = difflib.get_close_matches(name, known, 1)
         return message + (f": did you mean {close[0]!r}?" if close else ".")
 
+    # Lightning and Accelerate look up whose optimizer a scheduler has.
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same optimizer, wrapped or not."""
+        return self is other or bool(self.optimizer == other)
+
+    def __hash__(self) -> int:
+        return hash(self.optimizer)
+
     def __getstate__(self) -> dict[str, Any]:
         patched = ("step", "_opt_called")  # a scheduler's marks on this very object
         return {name: value for name, value in self.__dict__.items() if name not in patched}
