@@ -248,7 +248,11 @@ def label(name: str, runs: list[Run]) -> str:
 def table(runs: dict[tuple[str, str], list[Run]], value: str) -> str:
     """A Markdown table: a row a method, a column a case; the mean over the cases, and cost as the median over runs."""
     cases, names = ([*dict.fromkeys(pair[n] for pair in runs)] for n in (0, 1))
-    head = ["method", *(CASES[key].title for key in cases), "mean", "cost (CE = 1)", "a step"]
+    titles = [CASES[key].title for key in cases]
+    sets = {title.partition(", ")[0] for title in titles}
+    if len(sets) == 1:  # the name of the data set need not be said in each column
+        titles = [title.partition(", ")[2] for title in titles]
+    head = ["method", *titles, "mean", "cost (CE = 1)", "a step"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         found = [runs.get((key, name), []) for key in cases]
@@ -294,28 +298,27 @@ def plot_curves(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
 
 
 def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
-    """Accuracy at the last epoch against cost, a panel a case."""
+    """Accuracy at the last epoch against cost, both as means over the cases; of methods that have them all."""
     plt = pyplot()
-    cases = [*dict.fromkeys(key for key, _ in runs)]
-    columns = min(3, len(cases))
-    rows = -(-len(cases) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
-    for panel, key in zip(panels.flat, cases, strict=False):
-        for (of, name), part in runs.items():
-            if of != key:
-                continue
-            values = [run["last"] for run in part]
-            x, y = statistics.median(run["cost"] for run in part), statistics.mean(values)
-            color = (
-                "#2a86b8" if name.startswith("fsr") else "#c8963e" if METHODS.get(name, FSR).needs_clean else "#888888"
-            )
-            error = statistics.stdev(values) if len(values) > 1 else 0
-            panel.errorbar(x, y, error, fmt="o", color=color, markersize=4)
-            panel.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6, color=color)
-        panel.set(title=CASES[key].title, xlabel="cost (cross-entropy = 1)", ylabel="test accuracy", xscale="log")
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels.flat[len(cases) :]:
-        panel.set_visible(False)
+    cases, names = ([*dict.fromkeys(pair[n] for pair in runs)] for n in (0, 1))
+    figure, panel = plt.subplots(figsize=(7.5, 5))
+    points = []
+    for name in names:
+        parts = [runs[key, name] for key in cases if (key, name) in runs]
+        if len(parts) == len(cases):
+            y = statistics.mean(statistics.mean(run["last"] for run in part) for part in parts)
+            points.append((y, statistics.median(run["cost"] for part in parts for run in part), name))
+    lowest = 1.0  # place of the last text, so that none is written over another
+    for y, x, name in sorted(points, reverse=True):
+        clean = METHODS.get(name, FSR).needs_clean
+        color = "#2a86b8" if name.startswith("fsr") else "#c8963e" if clean else "#888888"
+        panel.plot(x, y, "o", color=color, markersize=9 if name == "fsr" else 6)
+        lowest = min(y, lowest - 0.0055)
+        title = METHODS[name].title if name in METHODS else name
+        panel.annotate(title, (x, y), (x + 0.03, lowest), va="center", fontsize=10, color=color)
+    panel.set(xlabel="training time (cross-entropy = 1)", ylabel="test accuracy, mean of the cases")
+    panel.margins(x=0.25, y=0.1)
+    panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

@@ -1,0 +1,148 @@
+"""README and docs: the snippets run, the links lead somewhere, the tables are those of the committed results.
+
+The tutorials run when the site is built, the snippets of `loops.md` in the tests of the integrations.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fsr_wrap
+from fsr_wrap import FSRConfig, FSRWrapper, with_index
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
+
+import compare  # noqa: E402
+
+PAGES = ("README.md", "docs/how-to.md", "docs/several-processes.md", "docs/settings.md", "docs/contributing.md")
+
+
+def snippets() -> Iterator[Any]:
+    for page in PAGES:
+        for found in re.finditer(r"^( *)```python\n(.*?)^ *```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+            line = (ROOT / page).read_text()[: found.start()].count("\n") + 1
+            yield pytest.param(re.sub(f"^{found[1]}", "", found[2], flags=re.MULTILINE), id=f"{page}:{line}")
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What a snippet may take for granted."""
+    monkeypatch.chdir(tmp_path)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(3):
+            image = Image.fromarray(np.full((8, 8, 3), 20 * number, dtype=np.uint8))
+            image.save(tmp_path / "photos" / label / f"{number}.png")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    train_set = with_index(TensorDataset(torch.randn(60, 8), torch.randint(4, (60,))))
+    loader = DataLoader(train_set, batch_size=20)
+    x, y, index = next(iter(loader))
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), dataset=train_set)
+    accelerator = Accelerator(cpu=True)
+
+    from datasets import load_dataset
+
+    yield {
+        "FSRConfig": FSRConfig,
+        "FSRWrapper": FSRWrapper,
+        "with_index": with_index,
+        "DataLoader": DataLoader,
+        "Tensor": torch.Tensor,
+        "Pusher": fsr_wrap.pushers.Pusher,
+        "Visit": fsr_wrap.pushers.Visit,
+        "dist": dist,
+        "load_dataset": load_dataset,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "train_set": train_set,
+        "loader": loader,
+        "fsr": fsr,
+        "accelerator": accelerator,
+        "transform": lambda batch: batch,
+        "mixup_fn": lambda x, y: (x, nn.functional.one_hot(y, 4).float()),
+        "tracker": types.SimpleNamespace(log=lambda metrics, step: None),
+        "step": 1,
+        "x": x,
+        "y": y,
+        "index": index,
+    }
+    dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("code", list(snippets()))
+@pytest.mark.filterwarnings("ignore:dictionary_size")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_snippet_runs(code: str, names: dict[str, Any]) -> None:
+    if "train_set = with_index(train_set)" in code:
+        names["train_set"] = names["train_set"].dataset
+    if "optimizer.consolidate" in code:
+        names["optimizer"] = names["fsr"]
+    exec(compile(code, "snippet", "exec"), names)
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
+    assert links
+    for link in links:
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_table_of_all_methods_is_that_of_the_committed_runs() -> None:
+    args = compare.parse(["--out", str(ROOT / "docs" / "results" / "compare.json"), "--table"])
+    assert compare.table(compare.read_runs(args), "last") in (ROOT / "docs" / "results" / "compare.md").read_text()
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    args = compare.parse(["--out", str(ROOT / "docs" / "results" / "compare.json")])
+    runs = compare.read_runs(args)
+    rows = {
+        "40 % of the labels redrawn |": "uniform40",
+        "80 % redrawn |": "uniform80",
+        "40 % changed for a class that looks alike |": "asymmetric40",
+        "a long tail (imbalance 50), and 40 % redrawn |": "tail50-uniform40",
+        "a long tail (imbalance 100) |": "tail100",
+        "no noise: no harm |": "clean",
+    }
+    text = (ROOT / "README.md").read_text()
+    for row, case in rows.items():
+        line = next(line for line in text.splitlines() if row in line)
+        shown = [float(number) for number in re.findall(r"0\.\d{3}", line)]
+        found = [np.mean([run["last"] for run in runs[f"fashion-{case}", name]]) for name in ("ce", "fsr")]
+        assert shown == pytest.approx(found, abs=0.0006), row
+
+
+def test_the_quick_start_prints_both_curves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import quickstart
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(quickstart, "EPOCHS", 10)
+    monkeypatch.setattr("sys.argv", ["quickstart.py", "--noise", "0"])
+    try:
+        quickstart.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["5", "10"]
+    assert min(float(cell) for row in rows for cell in row[1:]) > 0.85
