@@ -30,19 +30,7 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
         raise no_data_set(dataset, "fsr.cleaned(dataset, drop=True)")
     rows = known_rows(memory)
-    number = _indices(dataset, column)
-    if number is None:
-        if len(dataset) != rows:
-            raise ValueError(
-                f"The data set has {len(dataset)} samples, and {rows} were trained on. Give the one that was trained "
-                "on, or a part of it whose samples have their indices: a part of with_index(dataset)."
-            )
-        number = torch.arange(rows)
-    if len(number) and not 0 <= int(number.min()) <= int(number.max()) < rows:
-        raise ValueError(
-            f"The data set's indices go from {int(number.min())} to {int(number.max())}, and {rows} samples were "
-            "trained on: give the data set that was trained on."
-        )
+    number = indices_of(dataset, column, rows)
     flagged, predicted = _verdict(memory, table, rows)
     flagged, predicted = flagged[number], predicted[number]
     if drop:
@@ -59,6 +47,27 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
     where = flagged.nonzero()[:, 0]
     pairs = zip(given[where].tolist(), predicted[where].tolist(), strict=True)
     return RelabelledDataset(dataset, dict(zip(where.tolist(), pairs, strict=True)))
+
+
+def indices_of(dataset: Any, column: str, rows: int) -> Tensor:
+    """The index of each sample of a data set, (n,), that is the one of `rows` samples that was trained on, or a part.
+
+    **Raises:** `ValueError` if it cannot be.
+    """
+    number = _indices(dataset, column)
+    if number is None:
+        if len(dataset) != rows:
+            raise ValueError(
+                f"The data set has {len(dataset)} samples, and {rows} were trained on. Give the one that was trained "
+                "on, or a part of it whose samples have their indices: a part of with_index(dataset)."
+            )
+        number = torch.arange(rows)
+    if len(number) and not 0 <= int(number.min()) <= int(number.max()) < rows:
+        raise ValueError(
+            f"The data set's indices go from {int(number.min())} to {int(number.max())}, and {rows} samples were "
+            "trained on: give the data set that was trained on."
+        )
+    return number
 
 
 def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor, Tensor]:

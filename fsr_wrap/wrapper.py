@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -381,6 +382,45 @@ class FSRWrapper(Optimizer):
         on; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
         """
         return cleaning.clean(self._memory, dataset, drop=drop, relabel=relabel, table=issues, column=self._column)
+
+    def report(
+        self,
+        folder: str | os.PathLike[str],
+        dataset: Any = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        to_image: Callable[[Any], Any] | None = None,
+    ) -> Path:
+        """Writes which labels look wrong as a page to look at, `folder/index.html`, and as `folder/label_issues.csv`.
+
+        The page needs no network and no other file. It shows how many labels look wrong, which classes are taken for
+        which, the worst samples as pictures or texts, all flagged labels (the 50,000 worst, if there are more), and how
+        training went. The CSV file has what [`label_issues`][fsr_wrap.FSRWrapper.label_issues] gives, those that look
+        wrong first. In several processes call it in one of them, at the end of an epoch.
+
+        ```python
+        optimizer.report("report", dataset=train_set)
+        ```
+
+        **Arguments:**
+
+        - `dataset`: the one that was trained on, torch map-style or a Hugging Face `Dataset`, or a part of it whose
+            samples have their indices. Up to 240 samples are read from it, without its own transforms where that can
+            be done. Without it the page has no pictures.
+        - `class_names`: as in `label_issues`.
+        - `to_image`: of a sample as the data set gives it, what is to be shown: an image of PIL, an array or a tensor
+            of (H, W), (H, W, 3) or (3, H, W), or a text. Give it where no picture is found: of flat vectors, say.
+
+        **Returns:** the page's path.
+
+        **Raises:** `ImportError` without what it needs: `pip install fsr_wrap[report]`; `TypeError` for a stream or no
+        data set; `ValueError` if it is another data set than was trained on, or `to_image` gives no image; otherwise as
+        in `label_issues`. Nothing is then written.
+        """
+        from .report import write_report
+
+        more = {"dataset": dataset, "class_names": class_names, "to_image": to_image}
+        return write_report(folder, self._memory, column=self._column, **more)
 
     @_in_group
     def state_dict(self) -> dict[str, Any]:

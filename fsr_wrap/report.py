@@ -1,0 +1,289 @@
+"""Which labels look wrong, as one HTML page and a CSV file beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cleaning import indices_of
+from .data import no_data_set
+from .issues import check_class_names, label_issues_from_memory
+from .memory import Memory
+
+PAGE_NAME, TABLE_NAME = "index.html", "label_issues.csv"
+_ROWS = 50_000  # flagged labels that the page itself lists
+_PICTURES, _BUDGET = 240, 2_500_000  # of the worst, and characters for all of them
+_PAIRS, _MATRIX, _CLASSES = 12, 20, 300  # most that are shown
+_MISSING = "The report needs {name}: pip install fsr_wrap[report]"
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One of the worst offenders."""
+
+    index: int
+    given: int
+    suggested: int
+    quality: float
+    picture: str | None = None
+    text: str | None = None
+
+
+class _Page:
+    """What the page says, from what a run knows.
+
+    **Arguments:** `table`, of `label_issues`; `memory`; `names`, of the classes, or None.
+    """
+
+    def __init__(self, table: Any, memory: Memory, names: list[str] | None) -> None:
+        assert memory.num_classes is not None
+        self._memory, self._classes, self.names = memory, memory.num_classes, names
+        self._labels = _numbers(table["given_label"])
+        self.known = self._labels >= 0
+        self._quality = torch.tensor(table["label_quality"].to_numpy())
+        self._is_issue = torch.tensor(table["is_label_issue"].to_numpy())
+        worst = self._quality.nan_to_num(torch.inf).argsort(stable=True)
+        self.flagged = worst[self._is_issue[worst]]  # dataset indices, the worst first
+        self.given, self.suggested = self._labels[self.flagged], _numbers(table["predicted_label"])[self.flagged]
+
+    def name(self, label: int) -> str:
+        return str(label) if self.names is None else self.names[label]
+
+    def summary(self) -> dict[str, Any]:
+        """In plain words."""
+        number, total = len(self.flagged), int(self.known.sum())
+        history, selects = self._memory.history.epochs, self._memory.config.selects
+        first = next((int(entry["epoch"] or 0) + 1 for entry in history if entry["reweighting"]), None)
+        return {
+            "flagged": number,
+            "total": total,
+            "unseen": len(self.known) - total,
+            "about": _about(number),
+            "share": number / max(1, total),
+            "classes": self._classes,
+            "epochs": self._memory.epoch,
+            "first": first,
+            "selects": selects,
+            "rule": self._memory.config.weight_rule,
+            "suggests": self._memory.pseudo is not None,
+        }
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Which classes are taken for each other most often, in both directions together."""
+        there = self.suggested >= 0
+        given, suggested = self.given[there], self.suggested[there]
+        low, high = torch.minimum(given, suggested), torch.maximum(given, suggested)
+        found, number = _most(low * self._classes + high, _PAIRS)
+        out = []
+        for pair, count in zip(found, number, strict=True):
+            one, other = divmod(pair, self._classes)
+            number_there = int(((given == one) & (suggested == other)).sum())
+            both = 0 < number_there < count
+            if not number_there:
+                one, other = other, one
+            out.append({"one": one, "other": other, "number": count, "both": both})
+        return out
+
+    def classes(self) -> list[dict[str, Any]]:
+        """Of each class that was given: how many, how many look wrong, and what most of these are taken for."""
+        number = torch.bincount(self._labels[self.known], minlength=self._classes)
+        wrong = torch.bincount(self.given, minlength=self._classes)
+        share = wrong / number.clamp(min=1)
+        out = []
+        for label in share.argsort(descending=True, stable=True).tolist()[:_CLASSES]:
+            if number[label]:
+                taken = self.suggested[(self.given == label) & (self.suggested >= 0)]
+                first = int(torch.bincount(taken).argmax()) if len(taken) else None
+                row = {"label": label, "number": int(number[label]), "wrong": int(wrong[label])}
+                out.append({**row, "share": float(share[label]), "first": first})
+        return out
+
+    def matrix(self) -> dict[str, Any] | None:
+        """How many of each given class (rows) are taken for each other one, of the classes that most are about."""
+        there = self.suggested >= 0
+        if not bool(there.any()):
+            return None
+        involved = torch.cat([self.given[there], self.suggested[there]])
+        labels = sorted(_most(involved, _MATRIX)[0])
+        place = torch.full((self._classes,), -1)
+        place[labels] = torch.arange(len(labels))
+        given, suggested = place[self.given[there]], place[self.suggested[there]]
+        inside = (given >= 0) & (suggested >= 0)
+        cells = torch.bincount((given * len(labels) + suggested)[inside], minlength=len(labels) ** 2)
+        rows = cells.view(len(labels), len(labels)).tolist()
+        return {"labels": labels, "rows": rows, "most": max(1, int(cells.max())), "all": self._classes == len(labels)}
+
+    def rows(self) -> dict[str, Any]:
+        """The flagged labels as columns, the worst first; as many as the page lists."""
+        part = self.flagged[:_ROWS]
+        quality = (self._quality[part] * 1000).round().int()
+        columns = {"index": part, "given": self.given[:_ROWS], "suggested": self.suggested[:_ROWS], "quality": quality}
+        mentioned = torch.cat([columns["given"], columns["suggested"]]).unique().tolist()
+        names = {label: self.name(label) for label in mentioned if label >= 0}
+        return {**{name: column.tolist() for name, column in columns.items()}, "names": names}
+
+    def cards(self, dataset: Any, to_image: Callable[[Any], Any] | None, column: str) -> list[_Card]:
+        """The worst offenders with what they look like."""
+        from .pictures import clipped, look, thumbnail
+
+        position = _positions(dataset, column, len(self._labels))
+        cards: list[_Card] = []
+        spent = 0
+        order = zip(self.flagged.tolist(), self.given.tolist(), self.suggested.tolist(), strict=True)
+        for index, given, suggested in order:
+            if len(cards) == _PICTURES or spent > _BUDGET:
+                break
+            place = position(index)
+            if place is None:
+                continue
+            found = look(dataset, place, to_image)
+            facts = (index, given, suggested, float(self._quality[index]))
+            if isinstance(found, str):
+                cards.append(_Card(*facts, text=clipped(found)))
+            elif found is not None:
+                cards.append(_Card(*facts, picture=thumbnail(found)))
+                spent += len(cards[-1].picture or "")
+        return cards
+
+    def charts(self) -> list[dict[str, str]]:
+        """Histogram and curves, those of which there is something to see."""
+        from .charts import curves, histogram
+
+        history, quality = self._memory.history.epochs, self._quality
+        others = quality[self.known & ~self._is_issue]
+        threshold = float(quality[self.flagged].max()) if len(self.flagged) else None
+        drawn: list[tuple[str, str | None]] = [
+            ("How sure it is", histogram(quality[self.flagged].numpy(), others.numpy(), threshold))
+        ]
+        losses = {"loss": "training loss"} | ({} if self._memory.config.selects else {"reward_loss": "reward loss"})
+        agreement = {"agreement": "labels trained on", "held_out_agreement": "labels held out"}
+        agreement |= {"dictionary_agreement": "labels of the reward data"}
+        weights = {"zero_weight_ratio": "samples of no weight", "effective_share": "effective sample size"}
+        weights |= {"wrong_share": "wrong labels, estimated"}
+        if history:
+            drawn += [
+                ("Agreement with the given labels", curves(history, agreement, share=True)),
+                ("Weights", curves(history, weights, share=True)),
+                ("Loss", curves(history, losses, share=False)),
+            ]
+        return [{"title": title, "svg": svg} for title, svg in drawn if svg is not None]
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    memory: Memory,
+    *,
+    dataset: Any = None,
+    column: str = "index",
+    class_names: Sequence[str] | None = None,
+    to_image: Callable[[Any], Any] | None = None,
+) -> Path:
+    """See `FSRWrapper.report`; from a memory alone, one that was saved say. **Returns:** the page."""
+    environment = _environment()
+    table = label_issues_from_memory(memory, None, class_names)
+    page = _Page(table, memory, check_class_names(memory, class_names))
+    environment.globals["name"] = page.name
+    content = environment.get_template("report.html.j2").render(
+        summary=page.summary(),
+        pairs=page.pairs(),
+        classes=page.classes(),
+        matrix=page.matrix(),
+        rows=page.rows(),
+        cards=[] if dataset is None else page.cards(dataset, to_image, column),
+        has_dataset=dataset is not None,
+        charts=page.charts(),
+        table_name=TABLE_NAME,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / TABLE_NAME, table)
+    with _whole_file(folder / PAGE_NAME) as path:
+        path.write_text(content, encoding="utf-8")
+    return folder / PAGE_NAME
+
+
+def write_table(path: Path, table: Any) -> None:
+    """The table of `label_issues` as CSV: the flagged labels first, the worst of them on top."""
+    order = table.assign(_right=~table["is_label_issue"]).sort_values(["_right", "label_quality"], kind="stable").index
+    with _whole_file(path) as partial:
+        table.loc[order].to_csv(partial, float_format="%.6g")
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file beside it that takes its name when all is well."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _environment() -> Any:
+    """Where templates are. **Raises:** `ImportError` naming what is not installed, and how to get it."""
+    for name in ("jinja2", "matplotlib", "pandas", "PIL"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise ImportError(_MISSING.format(name={"PIL": "pillow"}.get(name, name))) from error
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("fsr_wrap")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = lambda value: f"{value:,}"
+    environment.filters["percent"] = _percent
+    return environment
+
+
+def _numbers(column: Any) -> Tensor:
+    """Class numbers, -1 where there is none."""
+    return torch.tensor(column.fillna(-1).to_numpy("int64"))
+
+
+def _positions(dataset: Any, column: str, rows: int) -> Callable[[int], int | None]:
+    """Where in the data set the sample of an index is, None if it is not there.
+
+    **Raises:** `TypeError` for a stream or no data set; `ValueError` as in `indices_of`.
+    """
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
+        raise no_data_set(dataset, "fsr.report(folder, dataset=train_set)")
+    number = indices_of(dataset, column, rows)
+    place = {index: position for position, index in reversed(list(enumerate(number.tolist())))}
+    return place.get
+
+
+def _most(values: Tensor, number: int) -> tuple[list[int], list[int]]:
+    """The most frequent values, and how often each is there."""
+    found, count = values.unique(return_counts=True)
+    order = count.argsort(descending=True, stable=True)[:number]
+    return found[order].tolist(), count[order].tolist()
+
+
+def _about(number: int) -> str:
+    """Three digits of it."""
+    size = 10 ** max(0, len(str(number)) - 3)
+    rounded = round(number / size) * size
+    return f"{rounded:,}" if number < 100 else f"about {rounded:,}"
+
+
+def _percent(share: float) -> str:
+    """Without a false 0 % or 100 %."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
