@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,25 @@ def test_resumes_as_if_nothing_had_happened(folder: Path, rule: str) -> None:
     twin_fsr.load_state_dict(saved["optimizer"])
     train(twin, twin_fsr, parts[8:])
     assert trace(model, fsr) == trace(twin, twin_fsr)
+
+
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, mixes, averages, saves, and goes on; without --fsr it is the same loop with plain cross-entropy."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    example = importlib.import_module("timm_train")
+
+    def few_digits(root: Path) -> None:
+        for number in range(80):
+            place = root / ("train" if number < 60 else "validation") / str(number % 10) / f"{number}.png"
+            example.write_digit(np.full((8, 8), number % 10), place)
+
+    monkeypatch.setattr(example, "write_digits", few_digits)
+    flags = ["--output", str(tmp_path), "--batch-size", "20"]
+    accuracy = example.main(example.parse_args([*flags, "--fsr", "--epochs", "2", "--mixup", "0.2", "--model-ema"]))
+    assert 0 < accuracy <= 100
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=False)
+    assert saved["optimizer"]["fsr"]["epoch"] == 2
+    example.main(example.parse_args([*flags, "--fsr", "--epochs", "3", "--resume", str(tmp_path / "last.pth.tar")]))
+    assert torch.load(tmp_path / "last.pth.tar", weights_only=False)["optimizer"]["fsr"]["epoch"] == 3
+    example.main(example.parse_args([*flags, "--epochs", "1", "--layer-decay", "0.8", "--clip-grad", "1"]))
+    assert "fsr" not in torch.load(tmp_path / "last.pth.tar", weights_only=False)["optimizer"]

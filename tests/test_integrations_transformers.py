@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -505,3 +506,30 @@ def test_a_trainer_that_computes_its_loss_itself_is_refused(tmp_path: Path) -> N
     with pytest.raises(RuntimeError, match=r"super\(\).compute_loss"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("package", ["tqdm", "accelerate"])
+def test_text_example_finds_paragraphs(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = text_example(monkeypatch)
+    found = example.paragraphs(package, 30)
+    assert len(set(found)) == len(found) >= 5
+    assert not any(name in text.lower() for name in ("accelerate", "tqdm") for text in found)
+
+
+def test_text_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cross-entropy and FSR, end to end, on texts of two small packages."""
+    example = text_example(monkeypatch)
+    found = example.main(example.parse_args(["--limit", "60", "--epochs", "2", "--output-dir", str(tmp_path)]))
+    assert set(found) == {"ce", "fsr"}
+    assert all(0 <= value <= 1 for value in found.values())
+    labels = torch.arange(1000).numpy() % 4
+    spoilt = example.spoil(labels, 0.4, 4, seed=0)
+    assert 0.35 < (spoilt != labels).mean() < 0.45
+    assert set(spoilt) == {0, 1, 2, 3}
+
+
+def text_example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    example = importlib.import_module("text")
+    monkeypatch.setattr(example, "PACKAGES", ("tqdm", "accelerate"))
+    return example
