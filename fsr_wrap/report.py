@@ -17,10 +17,12 @@ from .cleaning import indices_of
 from .data import no_data_set
 from .issues import check_class_names, label_issues_from_memory
 from .memory import Memory
+from .selection import rank_within
 
 PAGE_NAME, TABLE_NAME = "index.html", "label_issues.csv"
 _ROWS = 50_000  # flagged labels that the page itself lists
-_PICTURES, _BUDGET = 240, 2_500_000  # of the worst, and characters for all of them
+_PICTURES, _BUDGET = 240, 2_500_000  # at most, and characters for all of them
+_WORST = 120  # of them, before those of each pair of classes
 _PAIRS, _MATRIX, _CLASSES = 12, 20, 300  # most that are shown
 _MISSING = "The report needs {name}: pip install fsr_wrap[report]"
 
@@ -131,27 +133,34 @@ class _Page:
         return {**{name: column.tolist() for name, column in columns.items()}, "names": names}
 
     def cards(self, dataset: Any, to_image: Callable[[Any], Any] | None, column: str) -> list[_Card]:
-        """The worst offenders with what they look like."""
+        """The worst offenders, and the worst of each pair of classes, with what they look like."""
         from .pictures import clipped, look, thumbnail
 
         position = _positions(dataset, column, len(self._labels))
         cards: list[_Card] = []
         spent = 0
-        order = zip(self.flagged.tolist(), self.given.tolist(), self.suggested.tolist(), strict=True)
-        for index, given, suggested in order:
+        for place in self._chosen().tolist():
+            index, given, suggested = (int(c[place]) for c in (self.flagged, self.given, self.suggested))
             if len(cards) == _PICTURES or spent > _BUDGET:
                 break
-            place = position(index)
-            if place is None:
+            where = position(index)
+            if where is None:
                 continue
-            found = look(dataset, place, to_image)
+            found = look(dataset, where, to_image)
             facts = (index, given, suggested, float(self._quality[index]))
             if isinstance(found, str):
                 cards.append(_Card(*facts, text=clipped(found)))
             elif found is not None:
                 cards.append(_Card(*facts, picture=thumbnail(found)))
                 spent += len(cards[-1].picture or "")
-        return cards
+        return sorted(cards, key=lambda card: card.quality)
+
+    def _chosen(self) -> Tensor:
+        """Places among the flagged: the worst ones, then the worst of each pair of classes, the second of each, …"""
+        _, pair = (self.given * (self._classes + 1) + self.suggested).unique(return_inverse=True)
+        rank = rank_within(torch.arange(len(pair)), pair)
+        rank[:_WORST] = -1
+        return rank.argsort(stable=True)
 
     def charts(self) -> list[dict[str, str]]:
         """Histogram and curves, those of which there is something to see."""

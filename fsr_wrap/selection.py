@@ -146,7 +146,7 @@ class Selection:
         wrong = self._wrong(label)
         self.pull = min(1.0, int(wrong.sum()) / max(1, len(label)) / _NOISY)
         code = torch.full(score.shape, TRAINED, dtype=torch.uint8)
-        code[known] = torch.where(_rank(score[known], label) < wrong[label], WRONG, TRAINED).to(torch.uint8)
+        code[known] = torch.where(rank_within(score[known], label) < wrong[label], WRONG, TRAINED).to(torch.uint8)
         return code
 
     def _wrong(self, label: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
     confidence, predicted, given = confidence[seen], predicted[seen], given[seen]
     number = torch.bincount(predicted, minlength=classes)
     anchors = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
-    sure = _rank(-confidence, predicted) < anchors[predicted]
+    sure = rank_within(-confidence, predicted) < anchors[predicted]
     predicted, given = predicted[sure], given[sure]
     each = prior.double() / (anchors + 1)
     right = given[predicted == given]
@@ -198,7 +198,7 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
     return ((anchors * shares + _FEW * overall) / (anchors + _FEW)).float()
 
 
-def _rank(value: Tensor, group: Tensor) -> Tensor:
+def rank_within(value: Tensor, group: Tensor) -> Tensor:
     """The place of each value among those of its group, from the smallest on. (n,) and (n,) int64 → (n,)."""
     order = value.argsort(stable=True)
     order = order[group[order].argsort(stable=True)]

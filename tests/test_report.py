@@ -217,6 +217,10 @@ def test_many_samples_stay_small(tmp_path: Path) -> None:
     assert len(page.cards) > 100
     assert path.stat().st_size < 5e6
     assert f"{flagged:,}" in page.source
+    shown = [int(card["data-index"] or -1) for card in page.cards]
+    assert page.rows["index"][:100] == shown[:100]
+    pairs = [(card["data-given"], card["data-suggested"]) for card in page.cards]
+    assert len(set(pairs)) > 60  # of about 100 that there are
 
 
 def test_without_averaged_predictions_it_says_what_is_missing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fsr_wrap import FSRWrapper, selection
 from fsr_wrap.memory import Memory
 from fsr_wrap.pushers import LAST, NEVER, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
-from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection, _rank, wrong_shares
+from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection, rank_within, wrong_shares
 
 # --- the shares of wrong labels --------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ def test_ranks_are_those_of_a_loop(number: int) -> None:
     for i in range(number):
         alike = [j for j in range(number) if group[j] == group[i]]
         expected.append(sorted(alike, key=lambda j: (value[j].item(), j)).index(i))
-    assert _rank(value, group).tolist() == expected
+    assert rank_within(value, group).tolist() == expected
 
 
 # --- who is held out -------------------------------------------------------------------------------------------------
