@@ -344,7 +344,9 @@ def plot(networks: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    colors = {"plain": "#8a8a8a", "FSR": "#2a6f97", "L2R": "#b2484a"}
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap"})
+    colors = {"plain": "#8a8a8a", "FSR": "#2a86b8", "L2R": "#c8553d"}
     rows = [len(result["seconds"]) for result in networks.values()]
     size = (10, 0.28 * sum(rows) + 0.8 * len(rows))
     figure, panels = plt.subplots(len(networks), 2, figsize=size, squeeze=False, sharey="row", height_ratios=rows)
@@ -395,9 +397,10 @@ def main() -> None:
         results["networks"][network] = measure(network, variants, args.rounds, device)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1))
-    print(tables(results["networks"]))
+    shown = {name: result for name, result in results["networks"].items() if name in (args.networks or [name])}
+    print(tables(shown))
     if args.plot:
-        plot(results["networks"], args.plot)
+        plot(shown, args.plot)
 
 
 if __name__ == "__main__":
