@@ -1,0 +1,286 @@
+"""Which labels are wrong: FSR's list from one training, against cleanlab's from five and signals of a plain training.
+
+    python examples/benchmarks/find_labels.py --out DIR --fashion DIR --cifar DIR [--cases fashion] [--seeds 0 1 2]
+    python examples/benchmarks/find_labels.py --out DIR --table [--pack FILE]
+
+Cases, networks and schedules are those of `compare.py`. The methods:
+
+- *FSR*: `label_issues()` of one training at the default.
+- *cleanlab, five folds*: five trainings of cross-entropy, each on four fifths of the samples, give every sample
+  probabilities of a network that was not trained on it; from them cleanlab's self-confidence and normalised margin, and
+  what its `find_label_issues` flags. Once with the case's epochs, and once with a third of them, where less is learned
+  by heart; of the two the better one by AUROC is shown, which favours it.
+- *one plain training*: the mean margin over the epochs (area under the margin, Pleiss et al., NeurIPS 2020, ranking
+  only), the loss at the last epoch, how often a label was learned and forgotten (Toneva et al., ICLR 2019), and a vote
+  of the ten nearest samples by the last layer's input (as SimiFeat, Zhu et al., ICML 2022).
+
+AUROC and average precision rank wrong labels before right ones; *flagged* is the number flagged over the number wrong.
+Each run writes a JSON file of its own; two processes with the same command share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
+from compare import BATCH_SIZE, claim, rounded, write
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fsr_wrap import FSRWrapper
+
+FOLDS, NEIGHBOURS = 5, 10
+METHODS = ("fsr", "plain", "folds")
+TITLES = {
+    "fsr": "FSR, one training",
+    "self_confidence": "cleanlab, five folds: self-confidence",
+    "normalized_margin": "cleanlab, five folds: normalised margin",
+    "margin": "plain training: mean margin",
+    "loss": "plain training: last loss",
+    "forgetting": "plain training: forgetting",
+    "neighbours": "plain training: nearest neighbours",
+}
+COSTS = {"fsr": "1", "self_confidence": "5", "normalized_margin": "5"}
+
+
+class Trained:
+    """A training of cross-entropy or FSR on some of the samples, and what was seen of each sample on the way."""
+
+    def __init__(self, case: Case, data: Data, chosen: Tensor, epochs: int, seed: int, with_fsr: bool = False) -> None:
+        torch.manual_seed(seed)
+        self.case, self.data, self.model = case, data, make_case_network(case)
+        self.fsr: FSRWrapper | None = None
+        self.margins = torch.zeros(len(data.given))
+        self.events, self.learned = torch.zeros(len(data.given)), torch.zeros(len(data.given), dtype=torch.bool)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=case.lr, momentum=0.9, weight_decay=5e-4)
+        steps = max(1, len(chosen) // BATCH_SIZE)
+        schedule = OneCycleLR(optimizer, case.lr, total_steps=epochs * steps)
+        if with_fsr:
+            self.fsr = FSRWrapper(self.model, optimizer, num_samples=len(data.given), seed=seed)
+        augmented = get_transforms(case)[0]
+        for _ in range(epochs):
+            for part in torch.randperm(len(chosen)).tensor_split(steps):
+                index = chosen[part]
+                y = data.given[index]
+                logits = self.model(augmented(data.images[index]))
+                loss = F.cross_entropy(logits, y) if self.fsr is None else self.fsr.loss(logits, y, index)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                self.note(logits.detach(), y, index, epochs)
+
+    def note(self, logits: Tensor, y: Tensor, index: Tensor, epochs: int) -> None:
+        """The margin of the given label, and whether it was known before and is not now."""
+        own = logits.gather(1, y[:, None])[:, 0]
+        margin = own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+        self.margins[index] += margin / epochs
+        right = margin > 0
+        self.events[index] += (self.learned[index] & ~right).float()
+        self.learned[index] = right
+
+    @torch.no_grad()
+    def predict(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (n, C) and the last layer's input (n, d), without augmentation."""
+        plain, features = get_transforms(self.case)[1], []
+        last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
+        handle = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        self.model.eval()
+        logits = torch.cat([self.model(plain(self.data.images[part])) for part in index.split(1000)])
+        handle.remove()
+        return logits.softmax(1), torch.cat(features)
+
+
+def measure(quality: Tensor, wrong: Tensor, flagged: Tensor | None = None) -> dict[str, float]:
+    """How well low quality tells wrong labels, and what is flagged. On clean labels only the share that is flagged."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    out: dict[str, float] = {}
+    if wrong.any():
+        out["auroc"] = float(roc_auc_score(wrong.numpy(), -quality.numpy()))
+        out["average_precision"] = float(average_precision_score(wrong.numpy(), -quality.numpy()))
+    if flagged is not None:
+        hits, number = int((flagged & wrong).sum()), int(flagged.sum())
+        out |= {"flagged": number / len(wrong), "precision": hits / max(1, number)}
+        if wrong.any():
+            out |= {"recall": hits / int(wrong.sum()), "flagged_to_wrong": number / int(wrong.sum())}
+    return out
+
+
+def run_fsr(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
+    """The list of `label_issues()`."""
+    trained = Trained(case, data, torch.arange(len(data.given)), epochs, seed, with_fsr=True)
+    assert trained.fsr is not None
+    issues = trained.fsr.label_issues()
+    wrong = data.given != data.right
+    quality, flagged = (torch.tensor(issues[name].to_numpy()) for name in ("label_quality", "is_label_issue"))
+    out = measure(quality, wrong, flagged)
+    by_class = [measure(quality[data.given == c], wrong[data.given == c], flagged[data.given == c]) for c in range(10)]
+    return {"fsr": {**out, "by_class": by_class}}
+
+
+def run_plain(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
+    """What one training of cross-entropy tells."""
+    everyone = torch.arange(len(data.given))
+    trained = Trained(case, data, everyone, epochs, seed)
+    probability, features = trained.predict(everyone)
+    own = probability.gather(1, data.given[:, None])[:, 0]
+    features = F.normalize(features)
+    votes = []
+    for start in range(0, len(features), 1000):
+        near = features[start : start + 1000] @ features.T
+        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf
+        label = data.given[near.topk(NEIGHBOURS).indices]
+        votes.append((label == data.given[start : start + 1000, None]).float().mean(1))
+    never = (~trained.learned).float() * epochs
+    signals = {
+        "margin": trained.margins,
+        "loss": own,
+        "forgetting": -trained.events - never,
+        "neighbours": torch.cat(votes),
+    }
+    wrong = data.given != data.right
+    return {name: measure(quality, wrong) for name, quality in signals.items()}
+
+
+def run_folds(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
+    """cleanlab on out-of-sample probabilities: each of its two scores at the better of two lengths."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    wrong, found = data.given != data.right, []
+    fold = torch.arange(len(data.given)) % FOLDS
+    fold = fold[torch.randperm(len(fold), generator=torch.Generator().manual_seed(seed))]
+    for length in (epochs, max(1, epochs // 3)):
+        probability = torch.empty(len(data.given), 10)
+        for number in range(FOLDS):
+            trained = Trained(case, data, (fold != number).nonzero()[:, 0], length, seed)
+            out = (fold == number).nonzero()[:, 0]
+            probability[out] = trained.predict(out)[0]
+        labels, probs = data.given.numpy(), probability.numpy().astype(np.float64)
+        probs /= probs.sum(1, keepdims=True)
+        flagged = torch.tensor(find_label_issues(labels, probs, n_jobs=1))
+        result = {}
+        for method in ("self_confidence", "normalized_margin"):
+            quality = torch.tensor(get_label_quality_scores(labels, probs, method=method))
+            result[method] = {**measure(quality, wrong, flagged), "epochs": length}
+        found.append(result)
+    best: dict[str, Any] = {}
+    for method in found[0]:
+        best[method] = max((result[method] for result in found), key=lambda one: one.get("auroc", -one["flagged"]))
+    return best
+
+
+RUN = {"fsr": run_fsr, "plain": run_plain, "folds": run_folds}
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """All runs that are not there."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed, key, name in ((seed, key, name) for seed in args.seeds for key in args.cases for name in args.methods):
+        path = args.out / f"{key}_{name}_split{args.split}_seed{seed}.json"
+        with claim(path) as mine:
+            if not mine:
+                continue
+            case = CASES[key]
+            data = make_data(case, args.fashion if case.source == "fashion" else args.cifar, args.split, seed)
+            result = RUN[name](case, data, case.epochs, seed)
+            setting = {"case": key, "run": name, "split": args.split, "seed": seed, "wrong": data.wrong}
+            write(path, {**setting, "results": result})
+            print(
+                path.stem, {method: one.get("auroc", one.get("flagged")) for method, one in result.items()}, flush=True
+            )
+
+
+def read_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of a folder or a packed file that the flags name."""
+    out = args.out
+    found = (
+        json.loads(out.read_text()) if out.is_file() else [json.loads(path.read_text()) for path in out.glob("*.json")]
+    )
+    found = [
+        run for run in found if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] == args.split
+    ]
+    return sorted(found, key=lambda run: (list(CASES).index(run["case"]), run["run"], run["seed"]))
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Two Markdown tables: AUROC and average precision by case, and what is flagged."""
+    cases = list(dict.fromkeys(run["case"] for run in runs))
+    values: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in runs:
+        for method, one in run["results"].items():
+            values.setdefault((method, run["case"]), []).append(one)
+
+    def cell(method: str, case: str, name: str) -> str:
+        found = [one[name] for one in values.get((method, case), []) if name in one]
+        return f"{statistics.mean(found):.3f}" if found else ""
+
+    noisy = [case for case in cases if any(run["wrong"] > 0 for run in runs if run["case"] == case)]
+    methods = [method for method in TITLES if any((method, case) in values for case in cases)]
+    titles = [CASES[case].title for case in noisy]
+    lines = [
+        "| AUROC (average precision) | trainings | " + " | ".join(titles) + " | mean |",
+        "|---" * (len(noisy) + 3) + "|",
+    ]
+    for method in methods:
+        cells = [f"{cell(method, case, 'auroc')} ({cell(method, case, 'average_precision')})" for case in noisy]
+        cells = ["" if one == " ()" else one for one in cells]
+        means = []
+        for name in ("auroc", "average_precision"):
+            all_cases = [cell(method, case, name) for case in noisy]
+            means.append(f"{statistics.mean(map(float, all_cases)):.3f}" if all(all_cases) else "")
+        mean = f"{means[0]} ({means[1]})" if all(means) else ""
+        lines.append("| " + " | ".join([TITLES[method], COSTS.get(method, "1"), *cells, mean]) + " |")
+    lines += [
+        "",
+        "| flagged / wrong (precision, recall) | " + " | ".join(titles) + " | flagged where all labels are right |",
+    ]
+    lines.append("|---" * (len(noisy) + 2) + "|")
+    for method, title in (("fsr", "FSR"), ("self_confidence", "cleanlab")):
+        cells = []
+        for case in noisy:
+            parts = [cell(method, case, name) for name in ("flagged_to_wrong", "precision", "recall")]
+            cells.append(f"{parts[0]} ({parts[1]}, {parts[2]})" if all(parts) else "")
+        clean = [cell(method, case, "flagged") for case in cases if case not in noisy]
+        cells.append(", ".join(f"{float(one):.1%}" for one in clean if one))
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing, or shows what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, a JSON file each")
+    parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's IDX files; default: the hub")
+    parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10N as train.parquet and test.parquet")
+    parser.add_argument("--cases", nargs="+", default=[""], help=f"names or their beginnings, of {', '.join(CASES)}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
+    args = parser.parse_args()
+    args.cases = [key for key in CASES if any(key.startswith(name) for name in args.cases)]
+    if not args.table and not args.pack:
+        run_all(args)
+        return
+    runs = read_runs(args)
+    if args.table:
+        print(table(runs))
+    if args.pack:
+        args.pack.write_text("[\n" + ",\n".join(json.dumps(rounded(run)) for run in runs) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
