@@ -5,5 +5,5 @@ from .data import with_index as with_index
 from .dictionary import RewardDictionary as RewardDictionary
 from .wrapper import FSRWrapper as FSRWrapper
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["FSRConfig", "FSRWrapper", "RewardDictionary", "with_index"]
