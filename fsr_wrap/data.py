@@ -64,6 +64,11 @@ def is_hugging_face(dataset: Any, name: str) -> bool:
     return any(base.__module__.split(".")[0] == "datasets" and base.__name__ == name for base in type(dataset).__mro__)
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether its samples come in their own order only."""
+    return isinstance(dataset, IterableDataset) or is_hugging_face(dataset, "IterableDataset")
+
+
 def _with_column(dataset: Any, column: str) -> Any:
     if column in dataset.column_names:
         values = dataset.with_format("numpy")[column][:]

@@ -272,6 +272,16 @@ class Stream(IterableDataset[Any]):
         return zip(*data()[:2], strict=True)
 
 
+@pytest.mark.parametrize("kind", ["files", "stream"])
+def test_the_report_is_written(kind: str, tmp_path: Path) -> None:
+    samples = Stream() if kind == "stream" else TensorDataset(*data()[:2])
+    loader = DataLoader(with_index(samples), 70, shuffle=kind != "stream")
+    module = Module(num_samples=None if kind == "stream" else N)
+    fit(module, tmp_path, loader, callbacks=[FSRCallback(tmp_path / "report")])
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert (tmp_path / "report" / "label_issues.csv").is_file()
+
+
 @pytest.mark.parametrize("kind", ["limit_train_batches", "drop_last", "stream"])
 def test_epochs_end_where_the_trainers_do(kind: str, tmp_path: Path) -> None:
     samples = Stream() if kind == "stream" else TensorDataset(*data()[:2])

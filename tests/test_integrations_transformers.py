@@ -417,6 +417,17 @@ def test_metrics_are_in_the_logs(tmp_path: Path) -> None:
     assert not any("fsr/loss" in log for log in trainer.state.log_history if "eval_loss" in log)
 
 
+@pytest.mark.parametrize("kind", ["rows", "Hugging Face", "stream"])
+def test_the_report_is_written(kind: str, tmp_path: Path) -> None:
+    rows = hugging_face(make_data()[0]).with_format(None) if kind != "rows" else make_data()[0]
+    data = with_index(rows.to_iterable_dataset() if kind == "stream" else rows)
+    trainer = Trainer(make_model(), make_args(tmp_path, max_steps=12), train_dataset=data)
+    add_fsr(trainer, report=tmp_path / "report", **RULES["clip"])
+    trainer.train()
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert (tmp_path / "report" / "label_issues.csv").is_file()
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..data import is_stream
+from ..issues import import_pandas
 from ..wrapper import FSRWrapper
 
 
@@ -28,10 +31,17 @@ class FSRCallback(Callback):
     The metrics come every `log_every_n_steps` steps, to all loggers. In several processes it also brings together what
     they hold apart, before a checkpoint is written.
 
-    **Raises:** `ValueError` when training starts, if no optimizer is an `FSRWrapper`.
+    **Arguments:** `report`, a folder, to which [`fsr.report`][fsr_wrap.FSRWrapper.report] writes its page when training
+    is over; with several wrappers, that of the first.
+
+    **Raises:** `ImportError` if `report` needs a package that is missing; `ValueError` when training starts, if no
+    optimizer is an `FSRWrapper`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, report: str | os.PathLike[str] | None = None) -> None:
+        if report is not None:
+            import_pandas()  # not to fail when training is over
+        self._report = report
         self._wrappers: list[FSRWrapper] = []
         self._logged = 0  # the step
 
@@ -63,6 +73,14 @@ class FSRCallback(Callback):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             for fsr in self._wrappers:
                 fsr.end_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The report, of the first process."""
+        if self._report is not None:
+            dataset = getattr(trainer.train_dataloader, "dataset", None)
+            self._wrappers[0].consolidate()
+            if trainer.is_global_zero:
+                self._wrappers[0].report(self._report, None if is_stream(dataset) else dataset)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own: FSR's state is the optimizer's. The callbacks are asked first, in all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ..config import FSRConfig
-from ..data import sample_counts
+from ..data import is_stream, sample_counts
 from ..heads import REFUSED, unwrap
+from ..issues import import_pandas
 from ..wrapper import FSRWrapper
 
 
-def add_fsr(trainer: Trainer, *, column: str = "index", **options: Any) -> FSRWrapper:
+def add_fsr(
+    trainer: Trainer, *, column: str = "index", report: str | os.PathLike[str] | None = None, **options: Any
+) -> FSRWrapper:
     """Lets a `Trainer` train with FSR.
 
     ```python
@@ -36,6 +40,7 @@ def add_fsr(trainer: Trainer, *, column: str = "index", **options: Any) -> FSRWr
 
     - `trainer`: not yet trained. Its model must be one for classification, and is not put inside anything else.
     - `column`: the key of the index in the batches, as `with_index` was told.
+    - `report`: a folder, to which [`fsr.report`][fsr_wrap.FSRWrapper.report] writes its page when training is over.
     - `options`: as of [`FSRWrapper`][fsr_wrap.FSRWrapper]: `head`, `config`, fields of `FSRConfig`.
 
     **Returns:** the wrapper, also for `fsr.label_issues()` and the like after training.
@@ -44,8 +49,10 @@ def add_fsr(trainer: Trainer, *, column: str = "index", **options: Any) -> FSRWr
     FSR, and as `FSRWrapper` does. The trainer is then as it was.
     """
     _check(trainer, column)
+    if report is not None:
+        import_pandas()  # not to fail when training is over
     fsr = _wrapper(trainer, column, options)
-    bridge = FSRCallback(trainer, fsr, column)
+    bridge = FSRCallback(trainer, fsr, column, report)
     trainer.optimizer = fsr
     trainer.compute_loss_func = bridge.loss
     # Behind the callback that decides on logs and checkpoints, before those that pass the logs on.
@@ -121,10 +128,11 @@ def _differ(smoothing: float, own: float) -> str:
 
 
 class FSRCallback(TrainerCallback):
-    """What `add_fsr` adds to a Trainer: the loss, and the metrics in its logs."""
+    """What `add_fsr` adds to a Trainer: the loss, the metrics in its logs, the report at the end."""
 
-    def __init__(self, trainer: Trainer, fsr: FSRWrapper, column: str) -> None:
+    def __init__(self, trainer: Trainer, fsr: FSRWrapper, column: str, report: str | os.PathLike[str] | None) -> None:
         self.fsr, self._args = fsr, trainer.args
+        self._report, self._dataset = report, trainer.train_dataset
         self._index = _Index(column)
         # First of all, so that nobody else sees the index: not the model, nor what FSR keeps of its inputs.
         _core(trainer).register_forward_pre_hook(self._index.take_off, with_kwargs=True, prepend=True)
@@ -176,6 +184,13 @@ class FSRCallback(TrainerCallback):
             metrics = self.fsr.metrics()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The report, of the first process."""
+        if self._report is not None:
+            self.fsr.consolidate()
+            if state.is_world_process_zero:
+                self.fsr.report(self._report, None if is_stream(self._dataset) else self._dataset)
 
 
 class _Index:
