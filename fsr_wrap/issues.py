@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .functional import distribution
 from .memory import Memory
+from .selection import rank_within
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -21,13 +22,25 @@ if TYPE_CHECKING:
 class Opinion:
     """What the network thinks of the given labels, (N,) each, on the host.
 
-    **Arguments:** `own`, the averaged probability of the given label; `other`, the largest of another class;
-    `predicted`, the class of the largest of all.
+    **Arguments:** `own`, the averaged probability of the given label; `rival`, the likeliest other class; `predicted`,
+    the likeliest of all; `confident`, whether another class is as likely as it is on average for the samples that were
+    given it (confident learning; Northcutt et al., JAIR 2021).
     """
 
     own: Tensor
-    other: Tensor
+    rival: Tensor
     predicted: Tensor
+    confident: Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks against each label, (N,) each, on the host: `quality` in [0, 1], NaN where nothing is known;
+    `doubted`, whether another class is preferred; `confident`, whether it is with confidence."""
+
+    quality: Tensor
+    doubted: Tensor
+    confident: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,17 +73,18 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     rows = known_rows(memory)
     score = memory.table.score[:rows].cpu()
     given = torch.where(score.isnan(), -1, memory.given.known()[:rows].cpu().long())
-    opinion = gather_opinion(memory, given)
-    quality = label_quality(score, opinion, memory.config.pusher_name).masked_fill(given < 0, torch.nan)
+    log_prior = true_prior(memory)
+    opinion = gather_opinion(memory, given, log_prior)
+    evidence = weigh_evidence(memory, score, given, opinion, log_prior, calibrated=share is None)
     if share is not None:
-        flagged = lowest(quality, round(share * int((given >= 0).sum())))
+        flagged = lowest(evidence.quality, round(share * int((given >= 0).sum())))
     else:
-        flagged = estimate(memory, quality, given, opinion)
+        flagged = judge(evidence, given)
     visits, unused = (count[:rows].cpu() for count in memory.counted_visits())
     share_unused = unused / visits if memory.config.selects else torch.full_like(score, torch.nan)
     predicted = torch.full_like(given, -1) if opinion is None else opinion.predicted
     predicted = torch.where(given < 0, -1, predicted)
-    return Issues(flagged, quality, given, predicted, score, visits, share_unused)
+    return Issues(flagged, evidence.quality, given, predicted, score, visits, share_unused)
 
 
 def known_rows(memory: Memory) -> int:
@@ -85,10 +99,11 @@ def known_rows(memory: Memory) -> int:
     return memory.num_samples or memory.largest + 1 or memory.table.num_samples
 
 
-def averaged_probabilities(memory: Memory) -> Iterator[tuple[slice, Tensor]]:
+def averaged_probabilities(memory: Memory, log_prior: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """The averaged predictions of all samples, some rows at a time: which they are, and (n, C) float32 that sum to 1.
 
-    They are p̄ where labels are judged, else softmax(ŷ). Who was never seen has 1/C everywhere.
+    They are p̄ where labels are judged, else softmax(ŷ), for classes as frequent as `log_prior` says, see `true_prior`.
+    Who was never seen has 1/C everywhere.
     """
     assert memory.pseudo is not None
     rows = known_rows(memory)
@@ -97,43 +112,111 @@ def averaged_probabilities(memory: Memory) -> Iterator[tuple[slice, Tensor]]:
         if where.start >= where.stop:
             return
         values = values[: where.stop - where.start]
-        if memory.config.selects:
-            values = distribution(values + (values.sum(1, keepdim=True) == 0))
-        else:
-            values = values.softmax(1)
-        yield where, values.cpu()
+        values = distribution(values) if memory.config.selects else values.softmax(1)
+        if log_prior is not None:
+            values = distribution(values * log_prior.to(values.device).exp())
+        seen = ~memory.table.score[where].isnan()[:, None] & (values.sum(1, keepdim=True) > 0)
+        yield where, torch.where(seen, values, 1 / values.shape[1]).cpu()
 
 
-def gather_opinion(memory: Memory, given: Tensor) -> Opinion | None:
+def true_prior(memory: Memory) -> Tensor | None:
+    """τ log of how frequent each class is, (C,), as far as the network was trained as if all were equally frequent.
+
+    As the network says it: the given labels say it wrongly where they are wrong.
+    """
+    if memory.pseudo is None or memory.log_prior is None:
+        return None
+    total = sum(values.double().sum(0) for _, values in averaged_probabilities(memory, None))
+    assert isinstance(total, Tensor)
+    return (memory.config.class_balance * (total / total.mean()).clamp(min=1e-6).log()).float()
+
+
+def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> Opinion | None:
     """What the averaged predictions say of the given labels (N,), −1 where there is none; None if there are none."""
     if memory.pseudo is None:
         return None
     columns = []
-    for where, values in averaged_probabilities(memory):
+    for where, values in averaged_probabilities(memory, log_prior):
         label = given[where, None].clamp(min=0)
-        own = values.gather(1, label)
-        columns.append((own[:, 0], values.scatter(1, label, 0).amax(1), values.argmax(1)))
-    return Opinion(*(torch.cat(column) for column in zip(*columns, strict=True)))
+        own = values.gather(1, label)[:, 0]
+        columns.append((own, values.scatter(1, label, -1).argmax(1), values.argmax(1)))
+    own, rival, predicted = (torch.cat(column) for column in zip(*columns, strict=True))
+    seen, classes = given >= 0, memory.pseudo.num_classes
+    number = torch.bincount(given[seen], minlength=classes)
+    usual = torch.bincount(given[seen], own[seen].double(), minlength=classes) / number  # NaN: of no sample
+    confident = torch.zeros_like(seen)
+    for where, values in averaged_probabilities(memory, log_prior):
+        best = torch.where(values >= usual.float(), values, 0).max(1)
+        confident[where] = (best.values > 0) & (best.indices != given[where]) & seen[where]
+    return Opinion(own, rival, predicted, confident)
 
 
-def label_quality(score: Tensor, opinion: Opinion | None, pusher: str) -> Tensor:
-    """How likely each label is right, in [0, 1], from P̂ and the averaged predictions. (N,) → (N,) float32."""
-    scaled = {"area_under_margin": score.sigmoid(), "negative_loss": score.exp().clamp(max=1)}.get(pusher)
-    if opinion is None:
-        return _places(score) if scaled is None else scaled
-    return opinion.own if scaled is None else (opinion.own + scaled) / 2
+def weigh_evidence(
+    memory: Memory,
+    score: Tensor,
+    given: Tensor,
+    opinion: Opinion | None,
+    log_prior: Tensor | None = None,
+    *,
+    calibrated: bool,
+) -> Evidence:
+    """What speaks against each label: averaged predictions and P̂ where labels are judged, else P̂ where it has a scale
+    that tells right from wrong, which ŷ of the last visit does less well.
+
+    **Raises:** `ValueError` if it is to be `calibrated` and there is neither.
+    """
+    pusher, seen, selects = memory.config.pusher_name, given >= 0, memory.config.selects
+    margin = score
+    if log_prior is not None and opinion is not None:
+        margin = score + log_prior[given.clamp(min=0)] - log_prior[opinion.rival]
+    scaled = {"area_under_margin": margin.sigmoid(), "negative_loss": score.exp().clamp(max=1)}.get(pusher)
+    if opinion is not None and (selects or scaled is None):
+        quality = opinion.own if scaled is None else (opinion.own + scaled) / 2
+        doubted, confident = opinion.predicted != given, opinion.confident
+    elif scaled is not None:
+        quality, value = scaled, margin if pusher == "area_under_margin" else 2 * scaled - 1
+        doubted = value < 0
+        confident = value < -value[seen & ~doubted].mean()
+    elif calibrated:
+        raise ValueError(
+            f"With pusher={pusher!r} and relabel_weight=0 nothing tells how many labels are wrong: pass the share that "
+            "shall be flagged, label_issues(share=0.1) say."
+        )
+    else:
+        quality = _places(score)
+        doubted = confident = torch.zeros_like(seen)
+    return Evidence(quality.masked_fill(~seen, torch.nan), doubted & seen, confident & seen)
 
 
-def estimate(memory: Memory, quality: Tensor, given: Tensor, opinion: Opinion | None) -> Tensor:
-    """Which labels look wrong, (N,) bool, about as many as are."""
-    if opinion is None:
-        return quality < 0.5
-    doubted = (opinion.predicted != given) & (given >= 0)
-    selection = memory.selection
-    if selection is None or not selection.estimated:
-        return doubted
-    share = float(selection.share[given[given >= 0]].double().sum())
-    return doubted & lowest(quality, round(share))
+# Which part of the doubted labels is doubted with confidence, where the network's doubts begin to mean something, where
+# the confident ones are as many as there are wrong labels, and from where on all of them are.
+_GUESSES, _TELLING, _MOSTLY, _SURE = 0.25, 0.4, 0.65, 0.75
+_OWN = 0.1  # of the confident doubts, those about right labels all the same
+_SPARED, _FEW = 0.1, 5  # of each class, the share and the number that is never flagged
+
+
+def judge(evidence: Evidence, given: Tensor) -> Tensor:
+    """Which labels look wrong, (N,) bool, about as many as are.
+
+    A network doubts wrong labels, and right ones that are hard for it. It is confident in the former kind of doubt more
+    often. So where nearly all doubts are confident, all of them count; where fewer are, as many as are confident; and
+    where few are, hardly any: the network is too weak to tell, or nothing is wrong. Those of lowest quality are
+    flagged, but never the best of a class.
+    """
+    doubted, confident = (int(one.sum()) for one in (evidence.doubted, evidence.confident & evidence.doubted))
+    part = confident / max(1, doubted)
+    telling, sure, found = _ramp(part, _GUESSES, _TELLING), _ramp(part, _MOSTLY, _SURE), (1 - _OWN) * part
+    number = round(doubted * telling * (found + (1 - found) * sure))
+    flagged = lowest(evidence.quality.masked_fill(~evidence.doubted, torch.nan), number)
+    seen = given >= 0
+    size = torch.bincount(given[seen])
+    spared = torch.maximum((size * _SPARED).long(), size.clamp(max=_FEW))
+    flagged[seen] &= rank_within(-evidence.quality[seen], given[seen]) >= spared[given[seen]]
+    return flagged
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
 def lowest(quality: Tensor, number: int) -> Tensor:
@@ -157,8 +240,9 @@ def pred_probs(memory: Memory) -> ndarray:
             "No averaged predictions are kept with relabel_weight=0: pass a relabel_weight above 0, or "
             'weight_rule="select".'
         )
+    log_prior = true_prior(memory)
     out = torch.empty(rows, memory.pseudo.num_classes, dtype=torch.float32)
-    for where, values in averaged_probabilities(memory):
+    for where, values in averaged_probabilities(memory, log_prior):
         out[where] = values
     return out.numpy()
 
