@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import distribution
 from .memory import Memory
-from .selection import rank_within
+from .selection import WRONG, rank_within
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -79,7 +79,7 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     if share is not None:
         flagged = lowest(evidence.quality, round(share * int((given >= 0).sum())))
     else:
-        flagged = judge(evidence, given)
+        flagged = judge(evidence, given, *early_estimate(memory, given))
     visits, unused = (count[:rows].cpu() for count in memory.counted_visits())
     share_unused = unused / visits if memory.config.selects else torch.full_like(score, torch.nan)
     predicted = torch.full_like(given, -1) if opinion is None else opinion.predicted
@@ -188,31 +188,51 @@ def weigh_evidence(
     return Evidence(quality.masked_fill(~seen, torch.nan), doubted & seen, confident & seen)
 
 
-# Which part of the doubted labels is doubted with confidence, where the network's doubts begin to mean something, where
-# the confident ones are as many as there are wrong labels, and from where on all of them are.
-_GUESSES, _TELLING, _MOSTLY, _SURE = 0.25, 0.4, 0.65, 0.75
+# Which part of the doubted labels is doubted with confidence: from where on doubts tell something, and all of them do.
+_GUESSES, _TELLING, _MOSTLY, _SURE = 0.27, 0.36, 0.65, 0.75
 _OWN = 0.1  # of the confident doubts, those about right labels all the same
+_EARLY = 0.02  # the share of wrong labels of which the early estimate finds half: below, it counts hard ones
+_FORGOTTEN = 6  # epochs without its label, after which an averaged prediction is no longer that of the label
+_BY_HEART = 0.08, 0.16  # by how much more the network agrees with what it trains on, if it learned much by heart
 _SPARED, _FEW = 0.1, 5  # of each class, the share and the number that is never flagged
 
 
-def judge(evidence: Evidence, given: Tensor) -> Tensor:
+def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float = 0.0) -> Tensor:
     """Which labels look wrong, (N,) bool, about as many as are.
 
-    A network doubts wrong labels, and right ones that are hard for it. It is confident in the former kind of doubt more
-    often. So where nearly all doubts are confident, all of them count; where fewer are, as many as are confident; and
-    where few are, hardly any: the network is too weak to tell, or nothing is wrong. Those of lowest quality are
-    flagged, but never the best of a class.
+    A network doubts wrong labels, and right ones that are hard for it; of the former it is confident more often. So
+    where nearly all doubts are confident, all of them count; where fewer are, about as many as are confident; and
+    where few are, none: the network is too weak to tell, or nothing is wrong. Those of lowest quality are flagged, but
+    never the best of a class.
+
+    **Arguments:** `early`, the share of wrong labels that was estimated before anything was learned by heart; it counts
+    in place of fewer doubts as far as they are those of a network that learned by heart, `by_heart` in [0, 1].
     """
+    seen = given >= 0
     doubted, confident = (int(one.sum()) for one in (evidence.doubted, evidence.confident & evidence.doubted))
     part = confident / max(1, doubted)
     telling, sure, found = _ramp(part, _GUESSES, _TELLING), _ramp(part, _MOSTLY, _SURE), (1 - _OWN) * part
-    number = round(doubted * telling * (found + (1 - found) * sure))
-    flagged = lowest(evidence.quality.masked_fill(~evidence.doubted, torch.nan), number)
-    seen = given >= 0
+    now = doubted * telling * (found + (1 - found) * sure)
+    before = int(seen.sum()) * early**2 / (early + _EARLY)
+    number = round(now + by_heart * max(0.0, before - now))
+    flagged = lowest(evidence.quality + (~evidence.doubted).float(), number)
     size = torch.bincount(given[seen])
     spared = torch.maximum((size * _SPARED).long(), size.clamp(max=_FEW))
     flagged[seen] &= rank_within(-evidence.quality[seen], given[seen]) >= spared[given[seen]]
     return flagged
+
+
+def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float]:
+    """The share of wrong labels by the selection's own estimate, and how far the network has learned them by heart."""
+    selection = memory.selection
+    if selection is None or not selection.estimated:
+        return 0.0, 0.0
+    share = float(selection.share[given[given >= 0]].double().mean())
+    if not selection.active:
+        agreement, outside = selection.agreement[-1]
+        return share, _ramp(agreement - outside, *_BY_HEART)
+    judged = memory.counted_visits()[1].cpu()[: len(given)][selection.code[:-1].cpu()[: len(given)] == WRONG]
+    return share, 1 - _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
 
 
 def _ramp(value: float, low: float, high: float) -> float:
