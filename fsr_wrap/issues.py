@@ -192,7 +192,7 @@ def weigh_evidence(
 _GUESSES, _TELLING, _MOSTLY, _SURE = 0.27, 0.36, 0.65, 0.75
 _OWN = 0.1  # of the confident doubts, those about right labels all the same
 _EARLY = 0.02  # the share of wrong labels of which the early estimate finds half: below, it counts hard ones
-_FORGOTTEN = 6  # epochs without its label, after which an averaged prediction is no longer that of the label
+_FORGOTTEN = 12  # epochs without its label, after which a network has forgotten what it learned by heart
 _BY_HEART = 0.08, 0.16  # by how much more the network agrees with what it trains on, if it learned much by heart
 _SPARED, _FEW = 0.1, 5  # of each class, the share and the number that is never flagged
 
@@ -232,7 +232,8 @@ def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float]:
         agreement, outside = selection.agreement[-1]
         return share, _ramp(agreement - outside, *_BY_HEART)
     judged = memory.counted_visits()[1].cpu()[: len(given)][selection.code[:-1].cpu()[: len(given)] == WRONG]
-    return share, 1 - _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
+    forgotten = _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
+    return share, (1 - forgotten) ** 2
 
 
 def _ramp(value: float, low: float, high: float) -> float:
