@@ -101,8 +101,10 @@ def test_a_share_of_ones_own(noisy: Any) -> None:
             fsr.label_issues(share=share)
 
 
-@pytest.mark.parametrize("storage", ["float16", "int8", 3])
-@pytest.mark.parametrize("rule", ["select", "clip", "shift", "uniform"])
+@pytest.mark.parametrize(
+    ("rule", "storage"),
+    [("select", "float16"), ("select", "int8"), ("select", 3), ("clip", 3), ("shift", "int8"), ("uniform", "float16")],
+)
 def test_every_rule_and_storage_tells_something(rule: str, storage: Any) -> None:
     x, given, right = noisy_digits(0.3)
     paper = {} if rule == "select" else {**PAPER, "weight_rule": rule, "dictionary_size": 100}
