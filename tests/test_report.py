@@ -238,8 +238,10 @@ def test_without_averaged_predictions_it_says_what_is_missing(tmp_path: Path) ->
 
 def test_where_nothing_looks_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fsr = make()
-    fsr._memory.selection.share.zero_()
     train(model, fsr, 1)
+    memory = fsr._memory
+    memory.selection.share.zero_()
+    memory.pseudo.columns["logits"][:-1] = torch.eye(10)[memory.given.known().long()].half()
     page = Page(fsr.report(tmp_path, Pictures(400)))
     assert page.texts["h1"] == ["None of 400 labels looks wrong"]
     assert page.all("script") == page.all("img") == []
