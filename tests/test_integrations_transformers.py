@@ -6,10 +6,12 @@ import copy
 import gc
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,6 +258,30 @@ def test_the_optimizers_that_the_trainer_was_given(tmp_path: Path) -> None:
     assert add_fsr(trainer) is trainer.optimizer is fsr
     trainer.train()
     assert fsr.epoch == 3
+
+
+def train_in_each_process(folder: str, world: int) -> dict[str, Any]:
+    """Five batches an epoch, two of them a step, with checkpoints in mid-epoch."""
+    warnings.filterwarnings("error", message="This state dict was taken in mid-epoch")
+    args = {"per_device_train_batch_size": 18 // world, "gradient_accumulation_steps": 2}
+    args |= {"save_strategy": "steps", "save_steps": 4}
+    trainer, model, fsr = build(Path(folder), rule="select", steady=True, **args)
+    gradients: list[Tensor] = []
+    parameters = list(model.parameters())
+    fsr.register_step_pre_hook(lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in parameters])))
+    trainer.train()
+    assert trainer.args.world_size == world
+    return {"gradients": torch.stack(gradients), "scores": fsr.scores.clone(), "reweighting": fsr.is_reweighting}
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Whatever the Trainer does to the loss for the number of processes."""
+    one = train_in_each_process(str(tmp_path / "one"), 1)
+    both = processes.run(2, train_in_each_process, str(tmp_path / "two"), 2)
+    assert one["reweighting"]
+    assert len(one["gradients"]) == 9
+    for other in both:
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 # --- what must leave no trace ----------------------------------------------------------------------------------------
