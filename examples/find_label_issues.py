@@ -4,10 +4,10 @@
     python examples/find_label_issues.py --data photos      # a folder with a folder of images for each class
     python examples/find_label_issues.py --data train.parquet --label worse_label --answers label
 
-The digits come with scikit-learn, so nothing is downloaded. Which of their labels were made wrong is known, and what was
-found is compared with it. Four networks are trained with the same recipe: plainly on the given labels, with FSR, plainly
-on the mended set, and plainly on what is left when the flagged samples are dropped. A fifth of the images is kept for
-the test; where the right labels are not known (no --answers), it is tested on given ones.
+The digits come with scikit-learn, so nothing is downloaded. Which of their labels were made wrong is known, and what
+was found is compared with it. Four networks are trained with the same recipe: plainly on the given labels, with FSR,
+plainly on the mended set, and plainly on what is left when the flagged samples are dropped. A fifth of the images is
+kept for the test; where the right labels are not known (no --answers), it is tested on given ones.
 """
 
 from __future__ import annotations

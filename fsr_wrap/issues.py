@@ -194,6 +194,7 @@ _OWN = 0.1  # of the confident doubts, those about right labels all the same
 _EARLY = 0.02  # the share of wrong labels of which the early estimate finds half: below, it counts hard ones
 _FORGOTTEN = 12  # epochs without its label, after which a network has forgotten what it learned by heart
 _BY_HEART = 0.08, 0.16  # by how much more the network agrees with what it trains on, if it learned much by heart
+_TOO_MUCH = 0.03  # by how much it agrees with more labels than are right, if so
 _SPARED, _FEW = 0.1, 5  # of each class, the share and the number that is never flagged
 
 
@@ -228,12 +229,14 @@ def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float]:
     if selection is None or not selection.estimated:
         return 0.0, 0.0
     share = float(selection.share[given[given >= 0]].double().mean())
+    agreement, outside = selection.agreement[-1]
+    # It agrees with more labels than there are right ones.
+    too_much = _ramp(agreement + share - 1, 0, _TOO_MUCH)
     if not selection.active:
-        agreement, outside = selection.agreement[-1]
-        return share, _ramp(agreement - outside, *_BY_HEART)
+        return share, max(too_much, _ramp(agreement - outside, *_BY_HEART))
     judged = memory.counted_visits()[1].cpu()[: len(given)][selection.code[:-1].cpu()[: len(given)] == WRONG]
-    forgotten = _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
-    return share, (1 - forgotten) ** 2
+    remembered = 1 - _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
+    return share, float(remembered ** (2 - too_much))
 
 
 def _ramp(value: float, low: float, high: float) -> float:
