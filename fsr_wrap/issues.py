@@ -229,7 +229,7 @@ def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float]:
     if selection is None or not selection.estimated:
         return 0.0, 0.0
     share = float(selection.share[given[given >= 0]].double().mean())
-    agreement, outside = selection.agreement[-1]
+    agreement, outside = selection.agreement[-1] if selection.agreement else (0.0, 0.0)
     # It agrees with more labels than there are right ones.
     too_much = _ramp(agreement + share - 1, 0, _TOO_MUCH)
     if not selection.active:

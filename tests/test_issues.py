@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers import PAPER, judge_soon
+from PIL import Image
 from processes import run
 from sklearn.datasets import load_digits
 from test_distributed import build, global_batches
@@ -472,3 +473,34 @@ def test_labels_that_are_judged_make_no_difference_to_who_asks() -> None:
     fsr.label_issues()
     fsr.pred_probs()
     assert all(torch.equal(value, before[name]) for name, value in fsr.state_dict()["fsr"]["table"].items())
+
+
+# --- the example -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_the_example_finds_and_mends(
+    data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    import find_label_issues
+
+    arguments = ["--epochs", "36"]
+    if data:
+        x, y = load_digits(return_X_y=True)
+        for number in range(120):
+            (tmp_path / str(y[number])).mkdir(exist_ok=True)
+            image = Image.fromarray((x[number] * 15).astype(np.uint8).reshape(8, 8))
+            image.save(tmp_path / str(y[number]) / f"{number}.png")
+        arguments = ["--epochs", "2", "--data", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["find_label_issues.py", *arguments, "--csv", str(tmp_path / "issues.csv")])
+    find_label_issues.main()
+    out = capsys.readouterr().out
+    assert "labels look wrong" in out
+    accuracies = [float(line.split()[-1]) for line in out.splitlines()[-4:]]
+    if not data:
+        assert accuracies[0] < min(accuracies[1:]) - 0.05
+        assert len(pd.read_csv(tmp_path / "issues.csv")) == 1438
+    monkeypatch.setattr("sys.argv", ["find_label_issues.py", "--data", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="no such file"):
+        find_label_issues.main()
