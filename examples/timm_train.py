@@ -115,7 +115,8 @@ def main(args: argparse.Namespace) -> float:
     model = create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes).to(device)
     look = resolve_data_config({"img_size": args.img_size}, model=model)
     shape = {key: look[key] for key in ("interpolation", "mean", "std", "crop_pct")}
-    common: dict[str, Any] = {**shape, "num_workers": args.workers, "distributed": args.distributed, "device": device}
+    common: dict[str, Any] = {**shape, "num_workers": args.workers, "persistent_workers": args.workers > 0}
+    common |= {"distributed": args.distributed, "device": device}
     train_set = create_dataset(args.dataset, root=args.data_dir, split=args.train_split, is_training=True)
     val_set = create_dataset(args.dataset, root=args.data_dir, split=args.val_split)
     augment = {"no_aug": args.no_aug, "auto_augment": args.aa, "re_prob": args.reprob}

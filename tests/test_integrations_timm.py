@@ -29,7 +29,14 @@ RULES: dict[str, dict[str, Any]] = {
     name: {"dictionary_size": 12, "reward_batch_size": 9, **rule} for name, rule in {"select": {}, "clip": CLIP}.items()
 }
 RULE = pytest.mark.parametrize("rule", RULES)
-PLAIN = {"no_aug": True, "num_workers": 0, "device": torch.device("cpu"), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+PLAIN = {
+    "no_aug": True,
+    "num_workers": 0,
+    "persistent_workers": False,
+    "device": torch.device("cpu"),
+    "mean": (0.0,) * 3,
+    "std": (1.0,) * 3,
+}
 
 # timm leaves the files of images for the garbage collector to close.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -74,7 +81,7 @@ def shown(images: Tensor) -> Tensor:
 @worker_warnings
 def test_each_image_comes_with_its_index(folder: Path, prefetcher: bool, indexed: bool, workers: int) -> None:
     data = with_index(dataset(folder)) if indexed else dataset(folder)
-    options = {**PLAIN, "use_prefetcher": prefetcher, "num_workers": workers, "persistent_workers": False}
+    options = {**PLAIN, "use_prefetcher": prefetcher, "num_workers": workers}
     loader = create_loader(data, (3, SIZE, SIZE), BATCH, is_training=True, **options)
     number, label = numbers(folder)
     found = []
