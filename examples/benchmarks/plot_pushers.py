@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from fsr_wrap.pushers import PUSHERS
 
 PANELS = {"last": "test accuracy, last epoch", "purity": "dictionary purity"}
-WAYS = {"": ("without MixUp", "#2a6f97"), "-mixup": ("with MixUp", "#b2484a")}
+WAYS = {"": ("without MixUp", "#2a86b8"), "-mixup": ("with MixUp", "#c8553d")}
 
 
 def main() -> None:
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap"})
     runs = json.loads(args.file.read_text())["results"]["0.4"]
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 3.4), sharey=True)
     rows = np.arange(len(PUSHERS))[::-1]
