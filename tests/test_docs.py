@@ -112,6 +112,17 @@ def test_the_table_of_all_methods_is_that_of_the_committed_runs() -> None:
     assert compare.table(compare.read_runs(args), "last") in (ROOT / "docs" / "results" / "compare.md").read_text()
 
 
+def test_the_table_of_found_labels_is_that_of_the_committed_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import find_labels
+
+    packed = ROOT / "docs" / "results" / "find_labels.json"
+    monkeypatch.setattr("sys.argv", ["find_labels.py", "--out", str(packed), "--seeds", "0", "--table"])
+    find_labels.main()
+    assert capsys.readouterr().out == packed.with_suffix(".md").read_text()
+
+
 def test_the_readme_says_what_was_measured() -> None:
     args = compare.parse(["--out", str(ROOT / "docs" / "results" / "compare.json")])
     runs = compare.read_runs(args)
