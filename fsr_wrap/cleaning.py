@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from .data import LABELS, IndexedDataset, is_hugging_face, no_data_set
+from .data import LABELS, IndexedDataset, check_map_style, is_hugging_face, is_stream
 from .issues import find_issues, known_rows
 from .memory import Memory
 
@@ -21,14 +21,12 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
     """See `FSRWrapper.cleaned`. `column`: where a Hugging Face data set has its indices."""
     if drop == relabel:
         raise ValueError("Say what shall become of the wrong labels: cleaned(dataset, drop=True) or relabel=True.")
-    stream = isinstance(dataset, torch.utils.data.IterableDataset) or is_hugging_face(dataset, "IterableDataset")
-    if stream:
+    if is_stream(dataset):
         raise TypeError(
             "A stream has no samples to look up. Leave the wrong labels out yourself: issues = fsr.label_issues(); "
             "bad = set(issues.index[issues.is_label_issue]); stream.filter(lambda sample: sample['index'] not in bad)."
         )
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
-        raise no_data_set(dataset, "fsr.cleaned(dataset, drop=True)")
+    check_map_style(dataset, "fsr.cleaned(dataset, drop=True)")
     rows = known_rows(memory)
     number = indices_of(dataset, column, rows)
     flagged, predicted = _verdict(memory, table, rows)

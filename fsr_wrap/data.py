@@ -60,6 +60,12 @@ def no_data_set(found: Any, line: str) -> TypeError:
     )
 
 
+def check_map_style(dataset: Any, line: str) -> None:
+    """**Raises:** `TypeError` if its samples cannot be looked up by position, with the `line` to write."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
+        raise no_data_set(dataset, line)
+
+
 def is_hugging_face(dataset: Any, name: str) -> bool:
     return any(base.__module__.split(".")[0] == "datasets" and base.__name__ == name for base in type(dataset).__mro__)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cleaning import indices_of
-from .data import no_data_set
+from .data import check_map_style
 from .issues import check_class_names, label_issues_from_memory
 from .memory import Memory
 from .selection import rank_within
@@ -270,8 +270,7 @@ def _positions(dataset: Any, column: str, rows: int) -> Callable[[int], int | No
 
     **Raises:** `TypeError` for a stream or no data set; `ValueError` as in `indices_of`.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, dict)):
-        raise no_data_set(dataset, "fsr.report(folder, dataset=train_set)")
+    check_map_style(dataset, "fsr.report(folder, dataset=train_set)")
     number = indices_of(dataset, column, rows)
     place = {index: position for position, index in reversed(list(enumerate(number.tolist())))}
     return place.get

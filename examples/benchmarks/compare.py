@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
 from common import shot_accuracy
+from figures import pyplot
 from methods import METHODS, Method, Task, make_method
 from methods.fsr import FSR
 from torch import Tensor, nn
@@ -215,9 +216,7 @@ def read_runs(args: argparse.Namespace) -> dict[tuple[str, str], list[Run]]:
     """The runs in `--out` that the flags name, by case and method, in the flags' order; those of other lengths are left
     out. All methods found are shown if `--methods` is not given."""
     runs: dict[tuple[str, str], list[Run]] = {}
-    packed = args.out.is_file()
-    found = json.loads(args.out.read_text()) if packed else [json.loads(p.read_text()) for p in args.out.glob("*.json")]
-    for run in sorted(found, key=lambda run: (run["case"], run["method"], run["split"], run["seed"])):
+    for run in sorted(load(args.out), key=lambda run: (run["case"], run["method"], run["split"], run["seed"])):
         key, name = run["case"], run["method"]
         if key not in args.cases or run["split"] not in args.splits or run["seed"] not in args.seeds:
             continue
@@ -267,18 +266,6 @@ def table(runs: dict[tuple[str, str], list[Run]], value: str) -> str:
     return "\n".join(lines)
 
 
-def pyplot() -> Any:
-    """Matplotlib for files that read in light and in dark: no background, and text of a grey between."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap", "font.size": 11})
-    return plt
-
-
 def plot_curves(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
     """Test accuracy by epoch of cross-entropy and FSR, mean and range over the runs, a panel a case."""
     plt = pyplot()
@@ -321,6 +308,19 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def load(path: Path) -> list[Run]:
+    """All runs of a folder, or of a file that `pack` wrote."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    return [json.loads(file.read_text()) for file in path.glob("*.json")]
+
+
+def pack(path: Path, runs: list[Run]) -> None:
+    """Writes runs into one file, a line each."""
+    lines = [json.dumps(rounded(run), separators=(",", ":")) for run in runs]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def rounded(value: Any) -> Any:
@@ -388,8 +388,7 @@ def main() -> None:
     if args.curves:
         plot_curves(runs, args.curves)
     if args.pack:
-        lines = [json.dumps(rounded(run), separators=(",", ":")) for part in runs.values() for run in part]
-        args.pack.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        pack(args.pack, [run for part in runs.values() for run in part])
 
 
 if __name__ == "__main__":

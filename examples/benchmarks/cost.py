@@ -52,6 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from figures import pyplot
 from networks import make_network
 from peers import PEERS
 
@@ -339,13 +340,7 @@ def tables(networks: dict[str, dict[str, Any]]) -> str:
 
 def plot(networks: dict[str, dict[str, Any]], path: Path) -> None:
     """A row of panels a network: ratios to plain of time, with quartiles, and of memory above imports."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap"})
+    plt = pyplot()
     colors = {"plain": "#8a8a8a", "FSR": "#2a86b8", "L2R": "#c8553d"}
     rows = [len(result["seconds"]) for result in networks.values()]
     size = (10, 0.28 * sum(rows) + 0.8 * len(rows))

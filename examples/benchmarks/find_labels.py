@@ -21,7 +21,6 @@ Each run writes a JSON file of its own; two processes with the same command shar
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
-from compare import BATCH_SIZE, claim, rounded, write
+from compare import BATCH_SIZE, claim, load, pack, write
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -204,12 +203,10 @@ def run_all(args: argparse.Namespace) -> None:
 
 def read_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs of a folder or a packed file that the flags name."""
-    out = args.out
-    found = (
-        json.loads(out.read_text()) if out.is_file() else [json.loads(path.read_text()) for path in out.glob("*.json")]
-    )
     found = [
-        run for run in found if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] == args.split
+        run
+        for run in load(args.out)
+        if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] == args.split
     ]
     return sorted(found, key=lambda run: (list(CASES).index(run["case"]), run["run"], run["seed"]))
 
@@ -279,7 +276,7 @@ def main() -> None:
     if args.table:
         print(table(runs))
     if args.pack:
-        args.pack.write_text("[\n" + ",\n".join(json.dumps(rounded(run)) for run in runs) + "\n]\n")
+        pack(args.pack, runs)
 
 
 if __name__ == "__main__":

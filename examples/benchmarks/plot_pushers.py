@@ -10,11 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
+from figures import pyplot
 
 from fsr_wrap.pushers import PUSHERS
 
@@ -28,8 +25,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    plt.rcParams.update(grey | {"savefig.transparent": True, "svg.hashsalt": "fsr_wrap"})
+    plt = pyplot()
     runs = json.loads(args.file.read_text())["results"]["0.4"]
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 3.4), sharey=True)
     rows = np.arange(len(PUSHERS))[::-1]
