@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -155,3 +160,56 @@ def test_the_quick_start_shows_both(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["5", "10"]
     assert min(float(cell) for row in rows for cell in row[1:]) > 0.85
+
+
+class Page(HTMLParser):
+    """What of a page can be checked: where it leads, what can be led to, and what search and screen readers need."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links, self.anchors, self.alts = list[str](), set[str](), list[str | None]()
+        self.headings, self.description = 0, ""
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [found[name] or "" for name in ("href", "src") if name in found]
+        self.anchors |= {found[name] or "" for name in ("id", "name") if name in found}
+        self.headings += tag == "h1"
+        if tag == "img":
+            self.alts.append(found.get("alt"))
+        if tag == "meta" and found.get("name") == "description":
+            self.description = found["content"] or ""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
+    """The pages of the site, built as for publication but for what the tutorials print."""
+    out = tmp_path_factory.mktemp("site").resolve()
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(out), strict=True)
+    config.plugins["markdown-exec"].config.languages = []
+    build(config)
+    return {file: Page(file) for file in sorted(out.rglob("*.html")) if file.name != "404.html"}
+
+
+def test_every_link_of_the_site_leads_somewhere(site: dict[Path, Page]) -> None:
+    dead = []
+    for file, page in site.items():
+        for link in page.links:
+            address, _, anchor = link.partition("#")
+            if urlsplit(link).scheme:
+                continue
+            target = (file.parent / unquote(address.partition("?")[0])).resolve() if address else file
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (anchor and target in site and unquote(anchor) not in site[target].anchors):
+                dead.append((file.parent.name, link))
+    assert sum(len(page.links) for page in site.values()) > 1000
+    assert not dead
+
+
+def test_every_page_has_a_title_a_description_and_words_for_its_pictures(site: dict[Path, Page]) -> None:
+    assert len(site) > 25
+    assert {file: page.headings for file, page in site.items() if page.headings != 1} == {}
+    assert [file for file, page in site.items() if not all(page.alts)] == []
+    described = Counter(page.description for page in site.values())
+    assert [text for text, pages in described.items() if pages > 1 or not 50 <= len(text) <= 160] == []
