@@ -168,7 +168,7 @@ class Page(HTMLParser):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.links, self.anchors, self.alts = list[str](), set[str](), list[str | None]()
-        self.headings, self.description = 0, ""
+        self.headings, self.description, self.has_card = 0, "", False
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -180,6 +180,9 @@ class Page(HTMLParser):
             self.alts.append(found.get("alt"))
         if tag == "meta" and found.get("name") == "description":
             self.description = found["content"] or ""
+        if tag == "meta" and found.get("property") == "og:image":
+            self.links.append(found["content"] or "")
+            self.has_card = True
 
 
 @pytest.fixture(scope="module")
@@ -211,5 +214,6 @@ def test_every_page_has_a_title_a_description_and_words_for_its_pictures(site: d
     assert len(site) > 25
     assert {file: page.headings for file, page in site.items() if page.headings != 1} == {}
     assert [file for file, page in site.items() if not all(page.alts)] == []
+    assert all(page.has_card for page in site.values())
     described = Counter(page.description for page in site.values())
     assert [text for text, pages in described.items() if pages > 1 or not 50 <= len(text) <= 160] == []
