@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .checks import as_logits
 
 _MEMORY = 8  # forwards whose loss() may still come
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.5 has none
 
 
 @dataclass
@@ -245,7 +246,7 @@ def _is_part(logits: Tensor, output: Tensor) -> bool:
 def _is_symbolic(tensor: Tensor) -> bool:
     """Whether the tensor has no values of its own: torch.func's within a transformation, or torch.export's."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return _is_exporting()
     return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
