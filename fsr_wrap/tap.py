@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .checks import as_logits
 
 _MEMORY = 8  # forwards whose loss() may still come
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.5 has none
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: not torch.compiler.is_dynamo_compiling())  # torch 2.5
 
 
 @dataclass

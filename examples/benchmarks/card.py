@@ -20,8 +20,8 @@ def main() -> None:
     plt = pyplot()
     figure = plt.figure(figsize=(12, 6.3), dpi=100)
     figure.text(0.06, 0.70, "fsr_wrap", color="white", fontsize=58, weight="bold")
-    says = "Training robust to wrong labels\nand long-tailed classes,\nwithout clean data.\n\nAn optimizer wrapper for PyTorch."
-    figure.text(0.06, 0.21, says, color="#c5ccd6", fontsize=24, linespacing=1.4)
+    lines = "Training robust to wrong labels", "and long-tailed classes,", "without clean data.", "", "For PyTorch."
+    figure.text(0.06, 0.21, "\n".join(lines), color="#c5ccd6", fontsize=24, linespacing=1.4)
     panel = figure.add_axes((0.6, 0.2, 0.34, 0.6), facecolor="none")
     for method, title, color, place in (
         ("fsr", "FSR", "#4fb3e8", (0.85, 1)),
