@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from figures import pyplot
 from torch import Tensor, nn
 
 from fsr_wrap import FSRConfig, FSRWrapper, distributed
@@ -222,16 +223,12 @@ def table(sizes: Results, growth: Results) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """One panel a factor: the time of a step and of the epoch's end, medians and quartiles."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey=True)
     for panel, (sign, values) in zip(panels.flat, [*FACTORS.values(), PROCESSES], strict=True):
-        for kind, label, color in (("step", "a step", "#b2484a"), ("end", "the epoch's end", "#2a6f97")):
+        for kind, label, color in (("step", "a step", "#c8553d"), ("end", "the epoch's end", "#2a86b8")):
             low, middle, high = zip(*(quartiles(results[f"{sign} = {n:,}"], kind) for n in values), strict=True)
-            panel.plot(values, middle, color=color, marker="o", markersize=3.5, label=label)
+            panel.plot(values, middle, color=color, linewidth=2, marker="o", markersize=4, label=label)
             panel.fill_between(values, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel=sign)
         if sign in ("q", PROCESSES[0]):

@@ -32,6 +32,7 @@ from typing import Any
 import noisy_fashion_mnist as fashion
 import torch
 import torch.nn.functional as F
+from figures import pyplot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import OneCycleLR
@@ -214,21 +215,20 @@ def table_of_differences(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """The cosine of the two reward gradients and the rank correlation of scores, by epoch."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "axes.edgecolor": "gray", "text.color": "gray"})
-    plt.rcParams.update({"axes.labelcolor": "gray", "xtick.color": "gray", "ytick.color": "gray"})
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 3.2 * len(runs)), squeeze=False)
-    for row, (network, results) in zip(axes, runs.items(), strict=True):
-        for axis, name in zip(row, ("gradient_cosine", "rank_correlation"), strict=True):
-            for run in (run for run in results if run["reward"] == "cached" and run["seed"] == results[0]["seed"]):
-                axis.plot(
-                    [one["epoch"] for one in run["looks"]], [one[name] for one in run["looks"]], label=f"lr {run['lr']}"
-                )
-            axis.set(title=f"{network}: {name.replace('_', ' ')}", xlabel="epoch", ylim=(-0.05, 1.02))
-            axis.patch.set_alpha(0)
-        row[0].legend(labelcolor="gray", framealpha=0)
-    figure.patch.set_alpha(0)
+    plt = pyplot()
+    networks = {"mlp": "MLP", "resnet": "small ResNet"}
+    measures = {"gradient_cosine": "cosine of the two gradients", "rank_correlation": "rank correlation of the scores"}
+    figure, panels = plt.subplots(len(runs), 2, figsize=(9, 3.2 * len(runs)), squeeze=False, sharey=True)
+    for row, (network, results) in zip(panels, runs.items(), strict=True):
+        for panel, (name, title) in zip(row, measures.items(), strict=True):
+            mine = [run for run in results if run["reward"] == "cached" and run["seed"] == results[0]["seed"]]
+            for run, color in zip(mine, ("#2a86b8", "#c8963e", "#c8553d"), strict=True):
+                epochs, values = ([one[key] for one in run["looks"]] for key in ("epoch", name))
+                panel.plot(epochs, values, color=color, linewidth=1.5, label=f"learning rate {run['lr']:g}")
+            panel.set(title=f"{networks[network]}: {title}", xlabel="epoch", ylim=(-0.05, 1.02))
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(alpha=0.3, linewidth=0.5)
+        row[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -249,7 +249,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON; seeds that are in it already are not run again")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    arrays = fashion.read_images(args.data_dir)
     runs: dict[str, list[dict[str, Any]]] = json.loads(args.out.read_text())["runs"] if found(args.out) else {}
     for network in ("mlp", "resnet") if args.cifar else ("mlp",):
         mine = runs.setdefault(network, [])
@@ -257,7 +256,7 @@ def main() -> None:
             if any(run["seed"] == seed for run in mine):
                 continue
             if network == "mlp":
-                full = fashion.make_data(arrays, 0.4, seed)
+                full = fashion.make_data(fashion.read_images(args.data_dir), 0.4, seed)
                 part = [values[: args.samples] for values in (full.train, full.clean, full.given)]
                 data = fashion.Data(*part, full.test, full.test_label)
             else:
