@@ -14,6 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+try:
+    from torch.distributed.fsdp import fully_shard as fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard as fully_shard
+
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 multiprocessing.set_forkserver_preload(["test_wrapper", "accelerate"])  # torch and all, imported once
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP, assert_close, judge_soon
-from processes import run
+from processes import fully_shard, run
 from test_wrapper import CLASSES
 from test_wrapper import digits as float_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 

@@ -72,8 +72,8 @@ def test_ddp_on_a_subgroup(seed: int, tmp_path: Any) -> None:
 
 
 def fully_sharded_alone() -> State:
+    from processes import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("models", "shards"))["shards"]
     core = fully_shard(network(), mesh=mesh)

@@ -151,6 +151,7 @@ def test_is_the_inner_optimizer_to_everybody() -> None:
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # torch 2.5's own SequentialLR
 def test_schedulers_set_the_rate_that_is_used(schedule: Any) -> None:
     rates = []
     for wrapped in (True, False):
