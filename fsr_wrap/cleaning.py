@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from .data import LABELS, IndexedDataset, check_map_style, is_hugging_face, is_stream
-from .issues import find_issues, known_rows
+from .issues import find_issues
 from .memory import Memory
+from .opinions import known_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame

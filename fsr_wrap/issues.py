@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .functional import distribution
 from .memory import Memory
+from .opinions import Opinion, averaged_probabilities, gather_opinion, known_rows, true_prior
 from .selection import WRONG, rank_within
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from pandas import DataFrame
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What the network thinks of the given labels, (N,) each, on the host.
-
-    **Arguments:** `own`, the averaged probability of the given label; `rival`, the likeliest other class; `predicted`,
-    the likeliest of all; `confident`, whether another class is as likely as it is on average for the samples that were
-    given it (confident learning; Northcutt et al., JAIR 2021).
-    """
-
-    own: Tensor
-    rival: Tensor
-    predicted: Tensor
-    confident: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,70 +70,6 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     predicted = torch.full_like(given, -1) if opinion is None else opinion.predicted
     predicted = torch.where(given < 0, -1, predicted)
     return Issues(flagged, evidence.quality, given, predicted, score, visits, share_unused)
-
-
-def known_rows(memory: Memory) -> int:
-    """N, or if it is not known the largest index that was seen plus 1. **Raises:** `RuntimeError` if nothing was."""
-    if not memory.ready:
-        raise RuntimeError("FSR knows nothing yet: train for an epoch first.")
-    if memory.scattered:
-        raise RuntimeError(
-            "In mid-epoch each process knows a part of the averaged predictions only: call consolidate() in all "
-            "processes before, or ask when the epoch has ended."
-        )
-    return memory.num_samples or memory.largest + 1 or memory.table.num_samples
-
-
-def averaged_probabilities(memory: Memory, log_prior: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """The averaged predictions of all samples, some rows at a time: which they are, and (n, C) float32 that sum to 1.
-
-    They are p̄ where labels are judged, else softmax(ŷ), for classes as frequent as `log_prior` says, see `true_prior`.
-    Who was never seen has 1/C everywhere.
-    """
-    assert memory.pseudo is not None
-    rows = known_rows(memory)
-    for where, values in memory.pseudo.parts():
-        where = slice(where.start, min(where.stop, rows))
-        if where.start >= where.stop:
-            return
-        values = values[: where.stop - where.start]
-        values = distribution(values) if memory.config.selects else values.softmax(1)
-        if log_prior is not None:
-            values = distribution(values * log_prior.to(values.device).exp())
-        seen = ~memory.table.score[where].isnan()[:, None] & (values.sum(1, keepdim=True) > 0)
-        yield where, torch.where(seen, values, 1 / values.shape[1]).cpu()
-
-
-def true_prior(memory: Memory) -> Tensor | None:
-    """τ log of how frequent each class is, (C,), as far as the network was trained as if all were equally frequent.
-
-    As the network says it: the given labels say it wrongly where they are wrong.
-    """
-    if memory.pseudo is None or memory.log_prior is None:
-        return None
-    total = sum(values.double().sum(0) for _, values in averaged_probabilities(memory, None))
-    assert isinstance(total, Tensor)
-    return (memory.config.class_balance * (total / total.mean()).clamp(min=1e-6).log()).float()
-
-
-def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> Opinion | None:
-    """What the averaged predictions say of the given labels (N,), −1 where there is none; None if there are none."""
-    if memory.pseudo is None:
-        return None
-    columns = []
-    for where, values in averaged_probabilities(memory, log_prior):
-        label = given[where, None].clamp(min=0)
-        own = values.gather(1, label)[:, 0]
-        columns.append((own, values.scatter(1, label, -1).argmax(1), values.argmax(1)))
-    own, rival, predicted = (torch.cat(column) for column in zip(*columns, strict=True))
-    seen, classes = given >= 0, memory.pseudo.num_classes
-    number = torch.bincount(given[seen], minlength=classes)
-    usual = torch.bincount(given[seen], own[seen].double(), minlength=classes) / number  # NaN: of no sample
-    confident = torch.zeros_like(seen)
-    for where, values in averaged_probabilities(memory, log_prior):
-        best = torch.where(values >= usual.float(), values, 0).max(1)
-        confident[where] = (best.values > 0) & (best.indices != given[where]) & seen[where]
-    return Opinion(own, rival, predicted, confident)
 
 
 def weigh_evidence(

@@ -21,7 +21,7 @@ from test_distributed import digits as digits_of_several
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from fsr_wrap import FSRWrapper, distributed, issues, with_index
+from fsr_wrap import FSRWrapper, distributed, issues, opinions, with_index
 from fsr_wrap.issues import Evidence, judge
 from fsr_wrap.memory import Memory
 from fsr_wrap.visits import Visits
@@ -217,6 +217,48 @@ def test_rare_classes_are_judged_as_rare_ones() -> None:
     prior = average.mean(0)
     np.testing.assert_allclose(fsr.pred_probs(), average * prior / (average * prior).sum(1, keepdim=True), atol=1e-3)
     assert fsr.pred_probs()[9].argmax() == 0
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["select", "clip"])
+@pytest.mark.parametrize("stored", [1, 3, 12])
+def test_from_the_largest_values_follows_what_follows_from_all(
+    stored: int, rule: str, balance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes, number = 12, 3000
+    model = nn.Linear(4, classes)
+    options = {} if rule == "select" else {**PAPER, "dictionary_size": 100}
+    options = {**options, "relabel_storage": stored, "class_balance": balance, "num_samples": number}
+    memory = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), model, **options)._memory
+    memory.prepare(torch.arange(number), classes, torch.device("cpu"))
+    assert memory.pseudo is not None
+    logits = torch.randn(number, classes) * 3 * torch.rand(number, 1)  # some flat, some steep
+    logits[:, 3] -= 4  # seldom likely, so that little is confident of it
+    index = torch.arange(5, number)  # the first were never seen
+    blank = torch.zeros_like(logits[5:])
+    if rule == "select":
+        memory.pseudo.average(index, logits[5:], blank, blank == 0)
+    else:
+        memory.pseudo.update(index, logits[5:], blank, torch.zeros(()))
+    memory.table.score[5:number] = torch.randn(number - 5)
+    memory.given.label[:-1] = torch.randint(classes - 1, (number,)).to(memory.given.label.dtype)  # the last: to nobody
+    memory.log_prior = balance * torch.randn(classes) if balance else None
+    few = find(memory)
+    monkeypatch.setattr(opinions, "predictions", opinions_of_all)
+    for one, other in zip(few, find(memory), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def opinions_of_all(memory: Memory, log_prior: Tensor | None) -> Any:
+    return ((where, opinions.AllOf(rows)) for where, rows in opinions.averaged_probabilities(memory, log_prior))
+
+
+def find(memory: Memory) -> list[Tensor]:
+    log_prior, given = opinions.true_prior(memory), memory.given.known().long()
+    opinion = opinions.gather_opinion(memory, torch.where(memory.table.score[:-1].isnan(), -1, given), log_prior)
+    prior = torch.zeros(1) if log_prior is None else log_prior
+    seen = ~memory.table.score[:-1].isnan()
+    return [prior, *(column[seen] for column in vars(opinion).values())]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
