@@ -387,6 +387,21 @@ def test_cleanlab_takes_the_predictions(noisy: Any) -> None:
     assert (found & wrong).sum() / found.sum() > 0.8
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # cleanlab under pandas 3.1
+def test_datalab_takes_the_predictions(noisy: Any) -> None:
+    from cleanlab import Datalab
+
+    _, given, right, fsr = noisy
+    lab = Datalab(data={"digit": given.numpy()}, label_name="digit", verbosity=0)
+    lab.find_issues(pred_probs=fsr.pred_probs())
+    found, wrong = lab.get_issues("label"), (given != right).numpy()
+    flagged = found["is_label_issue"].to_numpy()
+    assert (flagged & wrong).sum() / wrong.sum() > 0.45
+    assert (flagged & wrong).sum() / flagged.sum() > 0.8
+    suggested = fsr.label_issues()["predicted_label"].to_numpy(dtype=np.int64)
+    np.testing.assert_array_equal(found["predicted_label"][flagged], suggested[flagged])
+
+
 # --- the way back ----------------------------------------------------------------------------------------------------
 
 Sample = namedtuple("Sample", ["image", "digit"])
