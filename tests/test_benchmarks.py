@@ -89,3 +89,41 @@ def test_a_step_is_few_operations(options: dict[str, Any], judging: bool, most: 
             fsr.loss(logits, y[index], index)
         counts.append(counter.number)
     assert most - 5 < min(counts) <= most, counts
+
+
+def test_signals_against_which_the_list_is_compared() -> None:
+    from find_labels import above_threshold, margins, vote
+
+    logits, y = torch.tensor([[3.0, 1.0, 2.5], [0.0, 4.0, -1.0]]), torch.tensor([0, 2])
+    assert_close(margins(logits, y), torch.tensor([0.5, -5.0]))
+    # Of the eleven samples -10, -9, ... 0 the 99th percentile lies nine tenths of the way from the last but one.
+    margin = torch.cat([torch.arange(11.0) - 10, torch.tensor([-0.2, 0.4])])
+    assert_close(above_threshold(margin, torch.arange(11))[-2:], torch.tensor([-0.1, 0.5]), tol=1e-5)
+    angle = torch.tensor([0.0, 0.1, 0.3, 2.0, 2.1])
+    features = torch.stack([angle.cos(), angle.sin()], 1) * torch.rand(5, 1).add(0.1)
+    assert_close(vote(features, torch.tensor([0, 0, 1, 1, 1]), 2), torch.tensor([0.5, 0.5, 0.0, 1.0, 1.0]))
+
+
+def test_threshold_samples_are_judged_by_the_other_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import find_labels
+
+    given, right = torch.zeros(22, dtype=torch.int64), torch.zeros(22, dtype=torch.int64)
+    given[3] = 1
+    data = find_labels.Data(*[torch.empty(0)] * 7)
+    data = find_labels.replace(data, given=given, right=right)
+    told = []
+
+    class Trained:
+        def __init__(self, case: Any, data: Any, chosen: Any, epochs: int, seed: int, classes: int) -> None:
+            assert classes == 11
+            assert len(chosen) == 22
+            told.append((data.given == 10).nonzero()[:, 0])
+            # The threshold samples of this training and the wrong label have low margins, the others high ones.
+            self.margins = torch.where(data.given == 0, 1.0, -1.0)
+
+    monkeypatch.setattr(find_labels, "Trained", Trained)
+    found = find_labels.run_aum(find_labels.CASES["fashion-clean"], data, 1, 0)["threshold_samples"]
+    assert [len(one) for one in told] == [2, 2]
+    assert not set(told[0].tolist()) & set(told[1].tolist())
+    assert found["flagged_to_wrong"] == found["precision"] == found["recall"] == 1
+    assert data.given.max() == 1

@@ -131,11 +131,11 @@ class SmallConvNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def make_case_network(case: Case) -> nn.Module:
+def make_case_network(case: Case, classes: int = 10) -> nn.Module:
     """A fresh network, from the global random stream."""
     if case.network == "mlp":
-        return make_model()
-    network = SmallConvNet() if case.network == "small" else make_network(case.network, 10)
+        return make_model(classes=classes)
+    network = SmallConvNet(classes) if case.network == "small" else make_network(case.network, classes)
     return network.to(memory_format=torch.channels_last)
 
 

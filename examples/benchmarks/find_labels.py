@@ -10,9 +10,12 @@ Cases, networks and schedules are those of `compare.py`. The methods:
   probabilities of a network that was not trained on it; from them cleanlab's self-confidence and normalised margin, and
   what its `find_label_issues` flags. Once with the case's epochs, and once with a third of them, where less is learned
   by heart; of the two the better one by AUROC is shown, which favours it.
-- *one plain training*: the mean margin over the epochs (area under the margin, Pleiss et al., NeurIPS 2020, ranking
-  only), the loss at the last epoch, how often a label was learned and forgotten (Toneva et al., ICLR 2019), and a vote
-  of the ten nearest samples by the last layer's input (as SimiFeat, Zhu et al., ICML 2022).
+- *threshold samples* (Pleiss et al., NeurIPS 2020): N/11 samples get an eleventh class as their label; samples whose
+  mean margin over the epochs is below the 99th percentile of theirs are flagged. The threshold samples themselves are
+  judged by a second training, with others in their place.
+- *one plain training*: the mean margin of all samples, for ranking only, the loss at the last epoch, how often a label
+  was learned and forgotten (Toneva et al., ICLR 2019), and a vote of the ten nearest samples by the last layer's input
+  (as SimiFeat, Zhu et al., ICML 2022).
 
 AUROC and average precision rank wrong labels before right ones; *flagged* is the number flagged over the number wrong.
 Each run writes a JSON file of its own; two processes with the same command share the work.
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +42,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fsr_wrap import FSRWrapper
 
-FOLDS, NEIGHBOURS = 5, 10
-METHODS = ("fsr", "plain", "folds")
+FOLDS, NEIGHBOURS, QUANTILE = 5, 10, 0.99
+METHODS = ("fsr", "plain", "aum", "folds")
 TITLES = {
     "fsr": "FSR, one training",
     "self_confidence": "cleanlab, five folds: self-confidence",
     "normalized_margin": "cleanlab, five folds: normalised margin",
+    "threshold_samples": "mean margin and threshold samples",
     "margin": "plain training: mean margin",
     "loss": "plain training: last loss",
     "forgetting": "plain training: forgetting",
     "neighbours": "plain training: nearest neighbours",
 }
-COSTS = {"fsr": "1", "self_confidence": "5", "normalized_margin": "5"}
+COSTS = {"fsr": "1", "self_confidence": "5", "normalized_margin": "5", "threshold_samples": "2"}
 
 
 class Trained:
     """A training of cross-entropy or FSR on some of the samples, and what was seen of each sample on the way."""
 
-    def __init__(self, case: Case, data: Data, chosen: Tensor, epochs: int, seed: int, with_fsr: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        data: Data,
+        chosen: Tensor,
+        epochs: int,
+        seed: int,
+        *,
+        with_fsr: bool = False,
+        classes: int = 10,
+    ) -> None:
         torch.manual_seed(seed)
-        self.case, self.data, self.model = case, data, make_case_network(case)
+        self.case, self.data, self.model = case, data, make_case_network(case, classes)
         self.fsr: FSRWrapper | None = None
         self.margins = torch.zeros(len(data.given))
         self.events, self.learned = torch.zeros(len(data.given)), torch.zeros(len(data.given), dtype=torch.bool)
@@ -81,8 +96,7 @@ class Trained:
 
     def note(self, logits: Tensor, y: Tensor, index: Tensor, epochs: int) -> None:
         """The margin of the given label, and whether it was known before and is not now."""
-        own = logits.gather(1, y[:, None])[:, 0]
-        margin = own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+        margin = margins(logits, y)
         self.margins[index] += margin / epochs
         right = margin > 0
         self.events[index] += (self.learned[index] & ~right).float()
@@ -98,6 +112,27 @@ class Trained:
         logits = torch.cat([self.model(plain(self.data.images[part])) for part in index.split(1000)])
         handle.remove()
         return logits.softmax(1), torch.cat(features)
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """The label's logit minus the largest other one, (b,)."""
+    return logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def above_threshold(margin: Tensor, threshold_samples: Tensor) -> Tensor:
+    """By how much each margin is above that of nearly all threshold samples (indices)."""
+    return margin - margin[threshold_samples].quantile(QUANTILE)
+
+
+def vote(features: Tensor, given: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+    """How many of a sample's nearest others, by the angle, have its label; as a share, (N,)."""
+    features, votes = F.normalize(features), []
+    for start in range(0, len(features), 1000):
+        near = features[start : start + 1000] @ features.T
+        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf
+        label = given[near.topk(neighbours).indices]
+        votes.append((label == given[start : start + 1000, None]).float().mean(1))
+    return torch.cat(votes)
 
 
 def measure(quality: Tensor, wrong: Tensor, flagged: Tensor | None = None) -> dict[str, float]:
@@ -134,22 +169,29 @@ def run_plain(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
     trained = Trained(case, data, everyone, epochs, seed)
     probability, features = trained.predict(everyone)
     own = probability.gather(1, data.given[:, None])[:, 0]
-    features = F.normalize(features)
-    votes = []
-    for start in range(0, len(features), 1000):
-        near = features[start : start + 1000] @ features.T
-        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf
-        label = data.given[near.topk(NEIGHBOURS).indices]
-        votes.append((label == data.given[start : start + 1000, None]).float().mean(1))
     never = (~trained.learned).float() * epochs
     signals = {
         "margin": trained.margins,
         "loss": own,
         "forgetting": -trained.events - never,
-        "neighbours": torch.cat(votes),
+        "neighbours": vote(features, data.given),
     }
     wrong = data.given != data.right
     return {name: measure(quality, wrong) for name, quality in signals.items()}
+
+
+def run_aum(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
+    """The rule of the area under the margin, with two trainings' threshold samples."""
+    everyone, number = torch.arange(len(data.given)), len(data.given) // 11
+    order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))
+    found = []
+    for chosen in (order[:number], order[number : 2 * number]):
+        relabelled = replace(data, given=data.given.index_fill(0, chosen, 10))
+        trained = Trained(case, relabelled, everyone, epochs, seed, classes=11)
+        found.append(above_threshold(trained.margins, chosen))
+    quality = found[0].index_copy(0, order[:number], found[1][order[:number]])
+    wrong = data.given != data.right
+    return {"threshold_samples": measure(quality, wrong, quality <= 0)}
 
 
 def run_folds(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
@@ -180,7 +222,7 @@ def run_folds(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
     return best
 
 
-RUN = {"fsr": run_fsr, "plain": run_plain, "folds": run_folds}
+RUN = {"fsr": run_fsr, "plain": run_plain, "aum": run_aum, "folds": run_folds}
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -244,7 +286,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| flagged / wrong (precision, recall) | " + " | ".join(titles) + " | flagged where all labels are right |",
     ]
     lines.append("|---" * (len(noisy) + 2) + "|")
-    for method, title in (("fsr", "FSR"), ("self_confidence", "cleanlab")):
+    flagging = {"fsr": "FSR", "self_confidence": "cleanlab", "threshold_samples": "threshold samples"}
+    for method, title in ((method, title) for method, title in flagging.items() if method in methods):
         cells = []
         for case in noisy:
             parts = [cell(method, case, name) for name in ("flagged_to_wrong", "precision", "recall")]
