@@ -211,7 +211,8 @@ class _Indexed:
     """What both kinds share: everything but the samples is the data set's own, to read, to set and to delete."""
 
     def __init__(self, dataset: Any, column: str = "index"):
-        self.dataset, self.column = dataset, column
+        self.dataset: Any = dataset
+        self.column: str = column
 
     def __getattr__(self, name: str) -> Any:
         if _is_own(name):

@@ -81,7 +81,7 @@ class RewardDictionary:
     ) -> None:
         self.num_classes = num_classes
         self.size = size
-        self.quota = max(1, size // num_classes)
+        self.quota: int = max(1, size // num_classes)
         self._capacity = num_classes * self.quota
         self._length = max(128, self._capacity // 4) if buffer is None else buffer
         self._rows = 2 * self._capacity + self._length  # of the arena

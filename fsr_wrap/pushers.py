@@ -170,9 +170,10 @@ class ScoreTable:
         self, num_samples: int, momentum: float, device: torch.device | str = "cpu", *, learned: bool = False
     ) -> None:
         self.momentum = momentum
-        self.score = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device=device)
-        self.epoch = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
-        self.learned = torch.full((num_samples + 1,), NEVER, dtype=torch.uint8, device=device) if learned else None
+        self.score: Tensor = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device=device)
+        self.epoch: Tensor = torch.full((num_samples + 1,), -1, dtype=torch.int16, device=device)
+        seen = torch.full((num_samples + 1,), NEVER, dtype=torch.uint8, device=device) if learned else None
+        self.learned: Tensor | None = seen
         self._columns = ("score", "epoch", "learned") if learned else ("score", "epoch")
 
     @property
