@@ -20,7 +20,8 @@ except ImportError:  # torch 2.5
     from torch.distributed._composable.fsdp import fully_shard as fully_shard
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-multiprocessing.set_forkserver_preload(["test_wrapper", "accelerate"])  # torch and all, imported once
+# What each process would import by itself, torch._dynamo at its first optimizer: three seconds of it.
+multiprocessing.set_forkserver_preload(["test_distributed", "torch._dynamo", "accelerate"])
 
 
 def _process(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
