@@ -98,9 +98,11 @@ class IndexedLoader:
     """
 
     def __init__(self, loader: Any, collate: _Collate, batch_size: int, views: int) -> None:
-        self.loader, self._collate = loader, collate
+        self.loader: Any = loader
+        self._collate = collate
         halved = isinstance(collate.collate, FastCollateMixup) and "half" in collate.collate.mode
-        self.samples_per_epoch = len(loader) * (batch_size // 2 if halved else batch_size * views) * world_size()
+        per_batch = batch_size // 2 if halved else batch_size * views
+        self.samples_per_epoch: int = len(loader) * per_batch * world_size()
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for images, target in self.loader:

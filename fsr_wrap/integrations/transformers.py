@@ -131,8 +131,8 @@ class FSRCallback(TrainerCallback):
     """What `add_fsr` adds to a Trainer: the loss, the metrics in its logs, the report at the end."""
 
     def __init__(self, trainer: Trainer, fsr: FSRWrapper, column: str, report: str | os.PathLike[str] | None) -> None:
-        self.fsr, self._args = fsr, trainer.args
-        self._report, self._dataset = report, trainer.train_dataset
+        self.fsr: FSRWrapper = fsr
+        self._args, self._report, self._dataset = trainer.args, report, trainer.train_dataset
         self._index = _Index(column)
         # First of all, so that nobody else sees the index: not the model, nor what FSR keeps of its inputs.
         _core(trainer).register_forward_pre_hook(self._index.take_off, with_kwargs=True, prepend=True)
