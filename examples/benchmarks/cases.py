@@ -98,9 +98,9 @@ def make_cases() -> dict[str, Case]:
     for network, recipe in networks.items():
         for key, noise in columns.items():
             cases[f"cifar-{network}-{key}"] = Case(
-                f"CIFAR-10N {key}, {network}", "cifar", noise, limit=10_000, **recipe
+                f"CIFAR-10, {key}, {network}", "cifar", noise, limit=10_000, **recipe
             )
-        title = f"CIFAR-10 imbalance 100, {network}"
+        title = f"CIFAR-10, imbalance 100, {network}"
         cases[f"cifar-{network}-tail100"] = Case(title, "cifar", imbalance=100, epochs=40, **recipe)
     return cases
 
