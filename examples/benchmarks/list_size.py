@@ -71,6 +71,7 @@ def measure(call: Callable[[], Any]) -> dict[str, float]:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=child, args=(there,))
     process.start()
+    there.close()  # so that a child that dies is an error here, not a wait
     result: dict[str, float] = here.recv()
     process.join()
     return result
