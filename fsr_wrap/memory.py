@@ -155,7 +155,8 @@ class Memory:
         given = self.given.known()
         self.visits.end_epoch(*self._seen(self.epoch - 1))
         if self.selection is not None and self.pseudo is not None:
-            told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, self.table, given, self.pseudo)
+            known = self.table, given, self.pseudo, self.log_prior
+            told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, *known)
         else:
             told = {"dictionary_agreement": dictionary_agreement(self.dictionary, self.pseudo)}
         self.history.end_epoch(self.epoch - 1, reweighting=active, told=told)

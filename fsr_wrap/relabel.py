@@ -189,15 +189,17 @@ class PseudoLabels:
             part = {name: column[where] for name, column in self.columns.items()}
             yield where, self.storage.decode(part, self.num_classes, torch.float32)[0]
 
-    def surest(self) -> tuple[Tensor, Tensor, Tensor]:
+    def surest(self, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
 
         Where a sample was never seen, the first is 0, and it has no part in the mean.
+
+        **Arguments:** `log_prior`, (C,), for classes as frequent as it says; None if p̄ is of such a network already.
         """
         best = []
         mean = self.columns["logits"].new_zeros(self.num_classes, dtype=torch.float64)
         for _, values in self.parts():
-            values = distribution(values)
+            values = distribution(values if log_prior is None else values * log_prior.to(values.device).exp())
             mean += values.sum(0)
             best.append([one.cpu() for one in values.max(1)])
         confidence, predicted = (torch.cat(column) for column in zip(*best, strict=True))

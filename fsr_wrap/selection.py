@@ -85,12 +85,19 @@ class Selection:
         return trained.to(dtype), part.sum(dtype=dtype)[None]
 
     def end_epoch(
-        self, epoch: int, warmup: int, table: ScoreTable, given: Tensor, average: PseudoLabels
+        self,
+        epoch: int,
+        warmup: int,
+        table: ScoreTable,
+        given: Tensor,
+        average: PseudoLabels,
+        log_prior: Tensor | None = None,
     ) -> dict[str, float | None]:
         """Looks whether the network learns by heart, and then which labels are wrong. Synchronises with the device.
 
         **Arguments:** `epoch`, the one that ended; `warmup`, how many are plain at least; `given`, the label of each
-        sample or −1, (N,); `average`, its averaged probabilities. They must be the same in all processes.
+        sample or −1, (N,); `average`, its averaged probabilities; `log_prior`, (C,), what was added to the logits in
+        the loss. They must be the same in all processes.
 
         **Returns:** how often the network agreed with the labels that it trained on, and with those held out, in this
         epoch, and the estimated share of wrong labels; None for what is not known.
@@ -101,7 +108,9 @@ class Selection:
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
-            self._watch(epoch, trained[0], held, seen, given, average)
+            learns = self._watch(trained[0], held)
+            if epoch + 1 >= _VISITS and (learns or not self.estimated):
+                self._estimate(seen, given, average, log_prior)
             self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
         if self.active:
             self.code[:-1] = self._judged(table.score[:-1].cpu(), given).to(self.code.device)
@@ -112,12 +121,12 @@ class Selection:
             told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
         return told
 
-    def _watch(
-        self, epoch: int, agreement: float, held: tuple[float, int], seen: Tensor, given: Tensor, average: PseudoLabels
-    ) -> None:
-        """Compares what is trained on with what is held out; renews the shares as long as learning is all there is.
+    def _watch(self, agreement: float, held: tuple[float, int]) -> bool:
+        """Compares what is trained on with what is held out.
 
         A network that learns agrees more with both, one that learns by heart with the former alone.
+
+        **Returns:** whether learning is all there is.
         """
         outside, number = held
         spread = max(share * (1 - share) for share in (agreement, outside, 0.01))
@@ -130,14 +139,21 @@ class Selection:
         self.agreement = [*self.agreement[-1:], (agreement, outside)]
         apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
-        if epoch + 1 >= _VISITS and (not self.estimated or (learns and not stalls)):
-            confidence, predicted, prior = average.surest()
-            averaged = seen & (confidence > 0)
-            if averaged.any():
-                # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
-                found = wrong_shares(confidence, predicted, prior, given, averaged)
-                self.share = torch.minimum(self.share, found) if self.estimated else found
-                self.estimated = True
+        return learns and not stalls
+
+    def _estimate(self, seen: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None) -> None:
+        """The shares of wrong labels.
+
+        A label is given as often as its class occurs: to tell whether it is wrong takes that back into the predictions
+        which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
+        """
+        confidence, predicted, prior = average.surest(log_prior)
+        averaged = seen & (confidence > 0)
+        if averaged.any():
+            # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
+            found = wrong_shares(confidence, predicted, prior, given, averaged)
+            self.share = torch.minimum(self.share, found) if self.estimated else found
+            self.estimated = True
 
     def _judged(self, score: Tensor, given: Tensor) -> Tensor:
         """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""

@@ -338,6 +338,14 @@ def test_the_surest_and_the_mean_of_averages(monkeypatch):
     assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
     assert_close(mean, expected.sum(0) / 4, 2e-3)
 
+    prior = torch.tensor([3.0, 0.5, 1.0]).log()
+    confidence, predicted, mean = store.surest(prior)
+    expected = (logits[[0, 1, 2, 3, 3]] + prior).softmax(1)
+    expected[2] = 0
+    assert_close(confidence, expected.amax(1), 2e-3)
+    assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
+    assert_close(mean, expected.sum(0) / 4, 2e-3)
+
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 0.2])
 def test_mixup_coefficients(beta):

@@ -113,6 +113,27 @@ def test_shares_of_a_long_tail_are_found() -> None:
     assert_close(found, expected, 0.1)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_hard_samples_of_frequent_classes_are_not_taken_for_rare_ones(rate: float) -> None:
+    """Classes overlap, and the network gives each the same prior, as its loss had it: what it says of the samples of a
+    frequent class is then too often a rare one."""
+    torch.manual_seed(0)
+    size = torch.tensor([4000, 1000, 250, 60])
+    true = torch.arange(4).repeat_interleave(size)
+    given = uniform(true, 4, rate)
+    centre = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    x = centre[true] + torch.randn(len(true), 2)
+    average = PseudoLabels(len(true), 4, 0.0)
+    average.average(torch.arange(len(true)), -(x[:, None] - centre).square().sum(2) / 2, torch.zeros(1), torch.ones(1))
+    everybody, expected = torch.ones(len(true), dtype=torch.bool), actual(true, given, 4)
+    log_prior = torch.bincount(given).div(len(true) / 4).log()
+    balanced = wrong_shares(*average.surest(), given, everybody)
+    found = wrong_shares(*average.surest(log_prior), given, everybody)
+    assert (balanced - expected)[0] > 0.1
+    assert (found - expected).abs()[0] < 0.04
+    assert (found - expected).abs().mean() < (balanced - expected).abs().mean()
+
+
 def test_a_class_of_no_anchors_takes_the_share_of_all() -> None:
     torch.manual_seed(0)
     true = torch.randint(4, (8000,))
