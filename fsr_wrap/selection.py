@@ -24,6 +24,7 @@ _HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
 _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
 _VISITS = 3  # epochs, after which predictions are averaged enough
 _ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: a share, and a number at least
+_STEPS = 5  # of EM
 _FEW = 10  # anchors, at which a class's share is half its own and half that of all
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _GAP = 0.04  # in agreement, that counts
@@ -193,8 +194,9 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
 
     The surest of each predicted class c are taken to be of class c (anchor points; Patrini et al., CVPR 2017, take one,
     here it is a fifth of them). How their given labels are distributed is P(given g | true c), with one right label
-    more than there are; by Bayes P(true c | given g) follows, and the share is 1 − P(true g | given g). A class of few
-    anchors takes part of the share of all.
+    more than there are. The sizes of the true classes are then those that make the given labels likeliest: EM, from
+    `prior` on. By Bayes P(true c | given g) follows, and the share is 1 − P(true g | given g). A class of few anchors
+    takes part of the share of all.
 
     **Arguments:** `confidence` and `predicted` (N,), the largest averaged probability and its class; `prior` (C,), the
     mean of the averaged probabilities; `given` (N,), labels; `seen` (N,) bool, who counts. On the host.
@@ -204,12 +206,23 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
     number = torch.bincount(predicted, minlength=classes)
     anchors = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
     sure = rank_within(-confidence, predicted) < anchors[predicted]
+    count = torch.bincount(given, minlength=classes).double() / max(1, len(given))
     predicted, given = predicted[sure], given[sure]
-    each = prior.double() / (anchors + 1)
+
+    def given_from(size: Tensor) -> tuple[Tensor, Tensor]:
+        """Of true classes of these sizes, how much one anchor stands for, and how many labels of each class come."""
+        each = size / (anchors + 1)
+        return each, each + torch.bincount(given, each[predicted], minlength=classes)
+
+    size = prior.double()
+    for _ in range(_STEPS):
+        each, mass = given_from(size)
+        ratio = count / mass.clamp(min=1e-12)
+        size = each * (ratio + torch.bincount(predicted, ratio[given], minlength=classes))
+    each, mass = given_from(size)
     right = given[predicted == given]
     own = each + torch.bincount(right, each[right], minlength=classes)
-    mass = each + torch.bincount(given, each[predicted], minlength=classes)
-    overall = 1 - own.sum() / mass.sum()
+    overall = 1 - own.sum() / mass.sum().clamp(min=1e-12) if len(given) else 0.0
     shares = 1 - own / mass.clamp(min=1e-12)
     return ((anchors * shares + _FEW * overall) / (anchors + _FEW)).float()
 
