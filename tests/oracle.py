@@ -422,27 +422,35 @@ class Oracle:
             self.estimated = True
 
     def wrong_shares(self, seen: list[int]) -> list[float]:
-        """By Bayes from the anchors: P(true g | given g), for each g."""
-        average = {i: s.pseudo / s.pseudo.sum() for i, s in self.samples.items() if s.pseudo is not None}
-        prior = (sum(average.values()) / len(average)).tolist()
+        """By Bayes from the anchors: P(true g | given g), for each g; of classes as frequent as they were given."""
+        frequency = self.prior.exp()
+        average = {i: s.pseudo * frequency for i, s in self.samples.items() if s.pseudo is not None}
+        average = {i: mass / mass.sum() for i, mass in average.items()}
+        size = (sum(average.values()) / len(average)).tolist()
         anchors: list[list[int]] = []
         for c in range(self.classes):
             those = [i for i in seen if average[i].argmax().item() == c]
             those.sort(key=lambda i: (-self.surest(i, average[i].max().item()), i))
             enough = max(int(len(those) * constants._ANCHORS), min(len(those), constants._FEW_ANCHORS))
             anchors.append(those[:enough])
+        everybody = range(self.classes)
+        given = [sum(self.given[i] == g for i in seen) / len(seen) for g in everybody]
 
         def joint(c: int, g: int) -> float:
             """P(true c, given g), with one right label more."""
             number = sum(self.given[i] == g for i in anchors[c]) + (c == g)
-            return prior[c] * number / (len(anchors[c]) + 1)
+            return size[c] * number / (len(anchors[c]) + 1)
 
-        everybody = range(self.classes)
-        overall = 1 - sum(joint(c, c) for c in everybody)  # the joint probabilities sum to 1
+        def mass(g: int) -> float:
+            return max(1e-12, sum(joint(c, g) for c in everybody))
+
+        for _ in range(constants._STEPS):
+            factor = [given[g] / mass(g) for g in everybody]
+            size = [sum(joint(c, g) * factor[g] for g in everybody) for c in everybody]
+        overall = 1 - sum(joint(c, c) for c in everybody) / sum(joint(c, g) for c in everybody for g in everybody)
         shares = []
         for g in everybody:
-            alone = 1 - joint(g, g) / max(1e-12, sum(joint(c, g) for c in everybody))
-            n = len(anchors[g])
+            n, alone = len(anchors[g]), 1 - joint(g, g) / mass(g)
             share = (n * alone + constants._FEW * overall) / (n + constants._FEW)
             shares.append(torch.tensor(share, dtype=torch.float32).item())
         return shares

@@ -269,7 +269,7 @@ class Training(RuleBasedStateMachine):
 
     def surest(self, index: int, confidence: float) -> float:
         assert self.fsr._memory.pseudo is not None
-        found = self.fsr._memory.pseudo.surest()[0][index].item()
+        found = self.fsr._memory.pseudo.surest(self.oracle.prior.float())[0][index].item()
         assert_close(number(found), number(confidence))
         return found
 
