@@ -86,6 +86,11 @@ class Memory:
             return self.ready and self.selection is not None and self.selection.active
         return self.epoch >= self.config.warmup_epochs and self.ready and bool(self.dictionary)
 
+    @property
+    def balance(self) -> float:
+        """τ, as it counts now."""
+        return self.config.class_balance * (1.0 if self.selection is None else self.selection.balance)
+
     def prepare(self, index: Tensor, num_classes: int, device: torch.device) -> None:
         """Makes the tables for the first batch; later makes room in them, and moves them to the batch's device."""
         largest = self.largest
@@ -180,7 +185,7 @@ class Memory:
             counts &= self.selection.code[:-1] != WRONG
         number = torch.bincount(given[counts].long(), minlength=self.dictionary.num_classes)
         number = number.clamp(min=1).double()
-        self.log_prior = (self.config.class_balance * (number / number.mean()).log()).float()
+        self.log_prior = (self.balance * (number / number.mean()).log()).float()
 
     def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Labels (q,) and payloads of the next reward batch."""

@@ -190,7 +190,7 @@ def true_prior(memory: Memory) -> Tensor | None:
         return None
     total = sum(rows.sum() for _, rows in predictions(memory, None))
     assert isinstance(total, Tensor)
-    return (memory.config.class_balance * (total / total.mean()).clamp(min=1e-6).log()).float()
+    return (memory.balance * (total / total.mean()).clamp(min=1e-6).log()).float()
 
 
 def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> Opinion | None:

@@ -532,6 +532,24 @@ def test_labels_that_come_with_mixed_targets_are_judged() -> None:
     assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), math.log(2))
 
 
+@pytest.mark.parametrize(
+    ("active", "pull", "times"), [(False, 0.0, 1.0), (True, 0.0, 1.5), (True, 0.4, 1.3), (True, 1.0, 1.0)]
+)
+def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior(
+    active: bool, pull: float, times: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=90, class_balance=0.8)
+    fsr.loss(model(torch.randn(90, 4)), (torch.arange(90) < 30).long(), torch.arange(90)).backward()
+    memory = fsr._memory
+    assert memory.selection is not None
+    memory.selection.active, memory.selection.pull = active, pull
+    memory._count_classes(memory.given.known())
+    assert memory.log_prior is not None
+    assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), times * 0.8 * math.log(2))
+
+
 def test_a_sample_whose_target_shows_another_class_takes_no_pseudo_label() -> None:
     """Its averaged probabilities are those of its own image: neither are predictions pulled to them."""
     fsr = run(50, 4)
