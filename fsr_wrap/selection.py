@@ -27,7 +27,6 @@ _ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: 
 _STEPS = 5  # of EM
 _FEW = 10  # anchors, at which a class's share is half its own and half that of all
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
-_MORE = 0.5  # of the log-prior, once a network learns right labels by heart
 _GAP = 0.04  # in agreement, that counts
 _ERRORS = 3.0  # standard errors of it
 _GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
@@ -93,7 +92,7 @@ class Selection:
         A network that learns by heart fits any label, so that the log-prior has less and less effect on it: it takes
         more of it. Not so where labels are wrong, as most wrong ones are those of rare classes.
         """
-        return 1 + _MORE * (1 - self.pull) if self.active else 1.0
+        return 2 - self.pull if self.active else 1.0
 
     def end_epoch(
         self,

@@ -464,11 +464,11 @@ class Oracle:
         self.pull = min(1.0, taken / max(1, len(self.given)) / constants._NOISY)
 
     def count_classes(self) -> None:
-        """τ log π, of labels that are not taken for wrong; a class has one sample at least. Half as much again where
-        right labels are learned by heart."""
+        """τ log π, of labels that are not taken for wrong; a class has one sample at least. Twice where right
+        labels are learned by heart."""
         believed = [g for i, g in self.given.items() if self.codes.get(i) != WRONG]
         share = torch.tensor([float(max(1, believed.count(g))) for g in range(self.classes)], dtype=torch.float64)
-        more = constants._MORE * (1 - self.pull) if self.judging else 0.0
+        more = 1 - self.pull if self.judging else 0.0
         self.prior = (1 + more) * self.c.class_balance * (share / share.sum()).log()
 
     # --- the dictionary ----------------------------------------------------------------------------------------------

@@ -533,7 +533,7 @@ def test_labels_that_come_with_mixed_targets_are_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("active", "pull", "times"), [(False, 0.0, 1.0), (True, 0.0, 1.5), (True, 0.4, 1.3), (True, 1.0, 1.0)]
+    ("active", "pull", "times"), [(False, 0.0, 1.0), (True, 0.0, 2.0), (True, 0.4, 1.6), (True, 1.0, 1.0)]
 )
 def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior(
     active: bool, pull: float, times: float
