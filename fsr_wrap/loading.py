@@ -99,6 +99,8 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(isinstance(state["pull"], float) and 0 <= state["pull"] <= 1, "selection/pull", state["pull"])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
+    best = state.get("best", 0.0)  # not in checkpoints of earlier versions
+    _need(isinstance(best, float) and 0 <= best <= 1, "selection/best", best)
     agreement = state["agreement"]
     good = len(agreement) <= 2 and all(
         len(pair) == 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in pair) for pair in agreement

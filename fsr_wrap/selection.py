@@ -30,6 +30,7 @@ _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its 
 _GAP = 0.04  # in agreement, that counts
 _ERRORS = 3.0  # standard errors of it
 _GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
+_CHANCE = 0.02  # of it in two epochs, that tells nothing
 
 
 class Selection:
@@ -50,6 +51,7 @@ class Selection:
         # In the last two epochs, of the network with the labels that it trained on, and with those held out.
         self.agreement: list[tuple[float, float]] = []
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
+        self.best = 0.0  # the most that it agreed with the labels held out so far
         self.apart = 0  # epochs in a row in which it agreed less with what was held out
         self.code = torch.zeros(num_samples + 1, dtype=torch.uint8, device=device)
         self.code[:-1] = self._codes(0, num_samples)
@@ -134,22 +136,26 @@ class Selection:
     def _watch(self, agreement: float, held: tuple[float, int]) -> bool:
         """Compares what is trained on with what is held out.
 
-        A network that learns agrees more with both, one that learns by heart with the former alone.
+        A network that learns agrees more with both, one that learns by heart with the former alone. What is held out is
+        few: its agreement must be the best so far, else chance looks like learning.
 
         **Returns:** whether learning is all there is.
         """
         outside, number = held
         spread = max(share * (1 - share) for share in (agreement, outside, 0.01))
         error = math.sqrt(spread / max(number, 1))
-        learns, stalls = False, True
+        learns, rises = False, False
         if len(self.agreement) == 2:
             before, outside_before = self.agreement[0]
-            learns = agreement > _GROWTH**2 * before
-            stalls = outside - outside_before <= max(0.0, (agreement - before) / 2)
+            growth = agreement - before
+            rises = outside - outside_before > max(0.0, growth / 2)
+            learns = rises and growth > max(_CHANCE, (_GROWTH**2 - 1) * before)
+        stalls = not rises or outside <= self.best
         self.agreement = [*self.agreement[-1:], (agreement, outside)]
+        self.best = max(self.best, outside)
         apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
-        return learns and not stalls
+        return learns
 
     def _estimate(self, seen: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None) -> None:
         """The shares of wrong labels.
@@ -182,13 +188,13 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart", "pull")}
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart", "best", "pull")}
         return state | {"agreement": list(self.agreement), "share": self.share.clone(), "code": self.code[:-1].clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes all of it back. There must be as many samples."""
         self.active, self.estimated, self.apart = state["active"], state["estimated"], state["apart"]
-        self.pull = state["pull"]
+        self.pull, self.best = state["pull"], state.get("best", 0.0)
         self.agreement = list(state["agreement"])
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]

@@ -107,6 +107,7 @@ class Oracle:
         self.pull = 0.0  # the part of the regulariser that there is
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.agreement: list[tuple[float, float]] = []
+        self.outsides: list[float] = []
         self.apart = 0
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
         self.quota = max(1, c.dictionary_size // classes)
@@ -403,13 +404,15 @@ class Oracle:
         )
         spread = max(0.01 * 0.99, inside * (1 - inside), outside * (1 - outside))
         gap, error = inside - outside, math.sqrt(spread / max(1, len(held)))
-        learns, stalls = False, True
+        rises = grows = False
         if len(self.agreement) == 2:
             before, before_outside = self.agreement[0]
-            learns = inside > constants._GROWTH**2 * before
             gain, gain_outside = inside - before, outside - before_outside
-            stalls = gain_outside <= 0 or gain_outside <= gain / 2
+            grows = inside > constants._GROWTH**2 * before and gain > constants._CHANCE
+            rises = gain_outside > 0 and gain_outside > gain / 2
+        stalls = not rises or any(outside <= earlier for earlier in [0.0, *self.outsides])
         self.agreement = [*self.agreement, (inside, outside)][-2:]
+        self.outsides.append(outside)
         self.apart += 1
         if not held or not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
             self.apart = 0
@@ -417,7 +420,7 @@ class Oracle:
         if self.epoch >= constants._VISITS and anchors:
             if not self.estimated:
                 self.wrong = self.wrong_shares(anchors)
-            elif learns and not stalls:
+            elif grows and rises:
                 self.wrong = [min(pair) for pair in zip(self.wrong, self.wrong_shares(anchors), strict=True)]
             self.estimated = True
 

@@ -131,7 +131,7 @@ def setups(draw: st.DrawFn, case: int, selects: bool) -> Setup:
 
 
 PAPER = {"weight_rule": "clip", "class_balance": 0.0, "relabel_weight": 2.0, "relabel_momentum": 0.1}
-SMALL = {"_HELD": 0.3, "_LARGEST_SHARE": 0.4, "_VISITS": 1, "_GAP": 0.0, "_ERRORS": 0.1, "_GROWTH": 1.0}
+SMALL = {"_HELD": 0.3, "_LARGEST_SHARE": 0.4, "_VISITS": 1, "_GAP": 0.0, "_ERRORS": 0.1, "_GROWTH": 1.0, "_CHANCE": 0.0}
 SMALL |= {"_ANCHORS": 0.5, "_FEW_ANCHORS": 3, "_FEW": 1}
 
 
@@ -369,6 +369,7 @@ class Training(RuleBasedStateMachine):
         known = memory.selection
         assert (known.active, known.estimated, known.apart) == (oracle.judging, oracle.estimated, oracle.apart)
         assert_close(known.agreement, oracle.agreement)
+        assert_close(known.best, max([0.0, *oracle.outsides]))
         assert_close(known.share.tolist(), oracle.wrong, 1e-5)
         oracle.wrong = known.share.tolist()
         names = {selection.HELD: "held out", selection.WRONG: "taken for wrong"}

@@ -324,6 +324,29 @@ def test_learning_by_heart_shows_where_agreement_with_held_out_labels_stalls() -
     assert watched.ends(0.9, 0.48)
 
 
+def test_chance_in_what_is_held_out_is_no_learning() -> None:
+    """A rise that stays below what was reached before does not put judging off."""
+    chance = [(0.3, 0.3), (0.5, 0.5), (0.6, 0.4), (0.62, 0.46), (0.64, 0.48)]
+    watched = Watched()
+    assert [watched.ends(*one) for one in chance] == [False, False, False, True, True]
+    learning = Watched()
+    assert not any(learning.ends(inside, outside) for inside, outside in [*chance[:3], (0.62, 0.52), (0.64, 0.54)])
+
+
+@pytest.mark.parametrize(
+    ("gain", "read"),
+    [(0.03, True), (0.01, False)],  # of an agreement of 0.1 on both sides
+)
+def test_shares_are_read_again_where_more_than_chance_is_learned(gain: float, read: bool) -> None:
+    watched = Watched(wrong=0.3)
+    for _ in range(3):
+        watched.ends(0.1, 0.1)
+    first = watched.one.share.clone()
+    watched.given = torch.arange(3000) % 3
+    watched.ends(0.1 + gain, 0.13 if read else 0.12)
+    assert (watched.one.share < first).all() if read else torch.equal(watched.one.share, first)
+
+
 def test_labels_are_not_judged_in_the_warm_up_nor_before_the_shares_are_found() -> None:
     early = Watched()
     assert [early.ends(0.9, 0.5) for _ in range(4)] == [False, False, True, True]  # predictions are averaged thrice
@@ -625,6 +648,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "apart below 0": lambda s: s["selection"].update(apart=-1),
     "apart is half": lambda s: s["selection"].update(apart=0.5),
     "agreement above 1": lambda s: s["selection"].update(agreement=[(1.5, 0.5)]),
+    "best above 1": lambda s: s["selection"].update(best=1.5),
+    "best no number": lambda s: s["selection"].update(best=None),
     "agreement NaN": lambda s: s["selection"].update(agreement=[(0.5, math.nan)]),
     "three agreements": lambda s: s["selection"].update(agreement=[(0.1, 0.1)] * 3),
     "no pairs": lambda s: s["selection"].update(agreement=[0.5]),
