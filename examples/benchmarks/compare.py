@@ -59,14 +59,14 @@ def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
         return sgd, OneCycleLR(sgd, case.lr, total_steps=max(steps, 2))
 
     return Task(
-        model=make_case_network(case),
+        model=make_case_network(case, start=data.start),
         labels=data.given,
         num_classes=10,
         epochs=epochs,
         batch_size=BATCH_SIZE,
         inputs=lambda index: plain(data.images[index]),
         augmented=lambda index: augmented(data.images[index]),
-        make_model=lambda: make_case_network(case),
+        make_model=lambda: make_case_network(case, start=data.start),
         recipe=recipe,
         clean=(plain(data.clean_images), data.clean_labels),
         noise_rate=data.wrong,

@@ -72,7 +72,7 @@ class Trained:
         classes: int = 10,
     ) -> None:
         torch.manual_seed(seed)
-        self.case, self.data, self.model = case, data, make_case_network(case, classes)
+        self.case, self.data, self.model = case, data, make_case_network(case, classes, data.start)
         self.fsr: FSRWrapper | None = None
         self.margins = torch.zeros(len(data.given))
         self.events, self.learned = torch.zeros(len(data.given)), torch.zeros(len(data.given), dtype=torch.bool)
