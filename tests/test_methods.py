@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from helpers import assert_close
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
+import cases
 import compare
 import noisy_fashion_mnist
 from cases import CASES, FASHION_CONFUSIONS, make_case_network, make_data
@@ -732,6 +736,45 @@ def test_cases_have_the_noise_and_the_tail_that_they_name(fashion: Path) -> None
     everything = torch.cat([clean.images, clean.clean_images])
     assert len(clean.clean_images) == 1000
     assert len(everything.unique(dim=0)) == 1600
+
+
+def test_a_network_to_fine_tune_starts_from_images_that_nothing_else_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = Features({"image": ImageFeature(), "label": Value("int64"), "worse_label": Value("int64")})
+    for name, number in (("train", 300), ("test", 20)):
+        images = [Image.new("RGB", (32, 32), (row % 256, row // 256, 9)) for row in range(number)]
+        labels = [row % 10 for row in range(number)]
+        content = {"image": images, "label": labels, "worse_label": labels[::-1]}
+        Dataset.from_dict(content, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(cases, "CLEAN", 20)
+    monkeypatch.setattr(cases, "PRETRAINED_ON", 100)
+    monkeypatch.setattr(cases, "PRETRAINED_FOR", 1)
+    used: list[tuple[Tensor, Tensor]] = []
+    pretrain = cases.pretrain
+
+    def noted(case: cases.Case, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+        used.append((images, labels))
+        return pretrain(case, images, labels, seed)
+
+    monkeypatch.setattr(cases, "pretrain", noted)
+    case = replace(CASES["cifar-finetune-worse"], limit=150)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    data = make_data(case, tmp_path, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    (images, labels), start = used[0], data.start
+    assert start is not None
+    assert data.wrong > 0.9
+    corner = torch.cat([images, data.images, data.clean_images])[:, :2, 0, 0].long()
+    rows = corner[:, 0] + 256 * corner[:, 1]
+    assert len(rows.unique()) == 270
+    assert torch.equal(rows[:100] % 10, labels)
+    network, fresh = make_case_network(case, start=start), make_case_network(case)
+    assert {name for name in fresh.state_dict() if name not in start} == {"fc.weight", "fc.bias"}
+    assert torch.equal(network.state_dict()["conv1.0.weight"], start["conv1.0.weight"])
+    assert not torch.equal(network.state_dict()["conv1.0.weight"], fresh.state_dict()["conv1.0.weight"])
+    assert compare.train("fsr", replace(case, epochs=1), data, 0, 1)["samples"] == 150
 
 
 def test_the_small_network_is_the_size_it_says() -> None:

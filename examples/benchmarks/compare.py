@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import statistics
 import time
@@ -295,16 +296,20 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
         if len(parts) == len(cases):
             y = statistics.mean(statistics.mean(run["last"] for run in part) for part in parts)
             points.append((y, statistics.median(run["cost"] for part in parts for run in part), name))
-    lowest = 1.0  # place of the last text, so that none is written over another
+    right = max(x for _, x, _ in points) if points else 1.0
+    height = (max(points)[0] - min(points)[0]) / 18 if points else 0.0  # of a name
+    place = math.inf
     for y, x, name in sorted(points, reverse=True):
         clean = METHODS.get(name, FSR).needs_clean
         color = "#2a86b8" if name.startswith("fsr") else "#c8963e" if clean else "#888888"
+        place = min(y, place - height)  # names stand in a column, so that none is written over another
+        panel.plot([x, right + 0.06], [y, place], color=color, linewidth=0.5, alpha=0.5)
         panel.plot(x, y, "o", color=color, markersize=9 if name == "fsr" else 6)
-        lowest = min(y, lowest - 0.0055)
         title = METHODS[name].title if name in METHODS else name
-        panel.annotate(title, (x, y), (x + 0.03, lowest), va="center", fontsize=10, color=color)
+        panel.annotate(title, (right + 0.08, place), va="center", fontsize=10, color=color)
     panel.set(xlabel="training time (cross-entropy = 1)", ylabel="test accuracy, mean of the cases")
-    panel.margins(x=0.25, y=0.1)
+    panel.margins(y=0.1)
+    panel.set_xlim(right=right + 0.5 * (right - panel.get_xlim()[0]))
     panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
