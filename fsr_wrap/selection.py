@@ -29,8 +29,7 @@ _FEW = 10  # anchors, at which a class's share is half its own and half that of 
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _GAP = 0.04  # in agreement, that counts
 _ERRORS = 3.0  # standard errors of it
-_GROWTH = 1.03  # of the agreement in an epoch, by which one tells that the network still learns
-_CHANCE = 0.02  # of it in two epochs, that tells nothing
+_GROWTH = 0.02  # of the agreement in two epochs, by which one tells that the network still changes
 
 
 class Selection:
@@ -120,9 +119,9 @@ class Selection:
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
-            learns = self._watch(trained[0], held)
-            if epoch + 1 >= _VISITS and (learns or not self.estimated):
-                self._estimate(seen, given, average, log_prior)
+            grows = self._watch(trained[0], held)
+            if epoch + 1 >= _VISITS and (grows or not self.estimated):
+                self._estimate(seen, code, given, average, log_prior)
             self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
         if self.active:
             self.code[:-1] = self._judged(table.score[:-1].cpu(), given).to(self.code.device)
@@ -139,37 +138,42 @@ class Selection:
         A network that learns agrees more with both, one that learns by heart with the former alone. What is held out is
         few: its agreement must be the best so far, else chance looks like learning.
 
-        **Returns:** whether learning is all there is.
+        **Returns:** whether the network still changes.
         """
         outside, number = held
-        spread = max(share * (1 - share) for share in (agreement, outside, 0.01))
-        error = math.sqrt(spread / max(number, 1))
-        learns, rises = False, False
+        error = _error(number, agreement, outside)
+        growth, rises = 0.0, False
         if len(self.agreement) == 2:
             before, outside_before = self.agreement[0]
             growth = agreement - before
             rises = outside - outside_before > max(0.0, growth / 2)
-            learns = rises and growth > max(_CHANCE, (_GROWTH**2 - 1) * before)
         stalls = not rises or outside <= self.best
         self.agreement = [*self.agreement[-1:], (agreement, outside)]
         self.best = max(self.best, outside)
         apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
-        return learns
+        return growth > _GROWTH
 
-    def _estimate(self, seen: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None) -> None:
-        """The shares of wrong labels.
+    def _estimate(
+        self, seen: Tensor, code: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None
+    ) -> None:
+        """The shares of wrong labels; not where they were found, and the labels of anchors are learned by heart.
 
         A label is given as often as its class occurs: to tell whether it is wrong takes that back into the predictions
         which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
         """
         confidence, predicted, prior = average.surest(log_prior)
         averaged = seen & (confidence > 0)
-        if averaged.any():
-            # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
-            found = wrong_shares(confidence, predicted, prior, given, averaged)
-            self.share = torch.minimum(self.share, found) if self.estimated else found
-            self.estimated = True
+        sure = anchors(confidence, predicted, averaged)
+        if not sure.any():
+            return
+        trained, held = (_mean((predicted == given)[sure & (code == part)]) for part in (TRAINED, HELD))
+        if self.estimated and (not held[1] or trained[0] - held[0] > _error(held[1], trained[0], held[0])):
+            return
+        found = wrong_shares(predicted, prior, given, averaged, sure)
+        # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
+        self.share = torch.minimum(self.share, found) if self.estimated else found
+        self.estimated = True
 
     def _judged(self, score: Tensor, given: Tensor) -> Tensor:
         """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""
@@ -204,7 +208,21 @@ class Selection:
         self.code = self.code.to(device)
 
 
-def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Tensor, seen: Tensor) -> Tensor:
+def anchors(confidence: Tensor, predicted: Tensor, seen: Tensor) -> Tensor:
+    """The samples that the network is surest of, of each class that it predicts, (N,) bool.
+
+    **Arguments:** `confidence` and `predicted` (N,), the largest averaged probability and its class; `seen` (N,) bool,
+    who may be one. On the host.
+    """
+    confidence, group = confidence[seen], predicted[seen]
+    number = torch.bincount(group)
+    enough = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
+    sure = torch.zeros_like(seen)
+    sure[seen] = rank_within(-confidence, group) < enough[group]
+    return sure
+
+
+def wrong_shares(predicted: Tensor, prior: Tensor, given: Tensor, seen: Tensor, sure: Tensor) -> Tensor:
     """The share of wrong labels among the samples of each given class, (C,), from those the network is surest of.
 
     The surest of each predicted class c are taken to be of class c (anchor points; Patrini et al., CVPR 2017, take one,
@@ -213,20 +231,19 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
     `prior` on. By Bayes P(true c | given g) follows, and the share is 1 − P(true g | given g). A class of few anchors
     takes part of the share of all.
 
-    **Arguments:** `confidence` and `predicted` (N,), the largest averaged probability and its class; `prior` (C,), the
-    mean of the averaged probabilities; `given` (N,), labels; `seen` (N,) bool, who counts. On the host.
+    **Arguments:** `predicted` (N,), the class of the largest averaged probability; `prior` (C,), the mean of the
+    averaged probabilities; `given` (N,), labels; `seen` (N,) bool, who counts; `sure` (N,) bool, the anchors among
+    them. On the host.
     """
     classes = len(prior)
-    confidence, predicted, given = confidence[seen], predicted[seen], given[seen]
-    number = torch.bincount(predicted, minlength=classes)
-    anchors = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
-    sure = rank_within(-confidence, predicted) < anchors[predicted]
-    count = torch.bincount(given, minlength=classes).double() / max(1, len(given))
+    label = given[seen]
+    count = torch.bincount(label, minlength=classes).double() / max(1, len(label))
     predicted, given = predicted[sure], given[sure]
+    number = torch.bincount(predicted, minlength=classes)
 
     def given_from(size: Tensor) -> tuple[Tensor, Tensor]:
         """Of true classes of these sizes, how much one anchor stands for, and how many labels of each class come."""
-        each = size / (anchors + 1)
+        each = size / (number + 1)
         return each, each + torch.bincount(given, each[predicted], minlength=classes)
 
     size = prior.double()
@@ -239,7 +256,7 @@ def wrong_shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Te
     own = each + torch.bincount(right, each[right], minlength=classes)
     overall = 1 - own.sum() / mass.sum().clamp(min=1e-12) if len(given) else 0.0
     shares = 1 - own / mass.clamp(min=1e-12)
-    return ((anchors * shares + _FEW * overall) / (anchors + _FEW)).float()
+    return ((number * shares + _FEW * overall) / (number + _FEW)).float()
 
 
 def rank_within(value: Tensor, group: Tensor) -> Tensor:
@@ -254,3 +271,8 @@ def rank_within(value: Tensor, group: Tensor) -> Tensor:
 def _mean(values: Tensor) -> tuple[float, int]:
     """Of booleans, and how many they are."""
     return float(values.double().mean()) if len(values) else 0.0, len(values)
+
+
+def _error(number: int, *shares: float) -> float:
+    """The standard error of a share of `number` samples, of the likeliest of `shares` to scatter."""
+    return math.sqrt(max(share * (1 - share) for share in (*shares, 0.01)) / max(number, 1))

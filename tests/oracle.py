@@ -37,6 +37,11 @@ def head(p: Params, h: Tensor) -> Tensor:
     return z + p["head.bias"] if "head.bias" in p else z
 
 
+def standard_error(number: int, *shares: float) -> float:
+    """√(p (1 − p) / n), with the p that makes it largest, or 0.01."""
+    return max(math.sqrt(p * (1 - p) / max(1, number)) for p in (0.01, *shares))
+
+
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """−Σ_c t_c log p_c, (b,)."""
     return -(target * (logits - logits.logsumexp(1, keepdim=True))).sum(1)
@@ -402,13 +407,12 @@ class Oracle:
             sum(self.samples[i].last_right for i in those) / max(1, len(those))
             for those in ([i for i in seen if i not in held], held)
         )
-        spread = max(0.01 * 0.99, inside * (1 - inside), outside * (1 - outside))
-        gap, error = inside - outside, math.sqrt(spread / max(1, len(held)))
+        gap, error = inside - outside, standard_error(len(held), inside, outside)
         rises = grows = False
         if len(self.agreement) == 2:
             before, before_outside = self.agreement[0]
             gain, gain_outside = inside - before, outside - before_outside
-            grows = inside > constants._GROWTH**2 * before and gain > constants._CHANCE
+            grows = gain > constants._GROWTH
             rises = gain_outside > 0 and gain_outside > gain / 2
         stalls = not rises or any(outside <= earlier for earlier in [0.0, *self.outsides])
         self.agreement = [*self.agreement, (inside, outside)][-2:]
@@ -416,26 +420,45 @@ class Oracle:
         self.apart += 1
         if not held or not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
             self.apart = 0
-        anchors = [i for i in seen if self.samples[i].pseudo is not None]
-        if self.epoch >= constants._VISITS and anchors:
+        known = [i for i in seen if self.samples[i].pseudo is not None]
+        if self.epoch >= constants._VISITS and known:
             if not self.estimated:
-                self.wrong = self.wrong_shares(anchors)
-            elif grows and rises:
-                self.wrong = [min(pair) for pair in zip(self.wrong, self.wrong_shares(anchors), strict=True)]
+                self.wrong = self.wrong_shares(known)
+            elif grows and not self.by_heart(known, held):
+                self.wrong = [min(pair) for pair in zip(self.wrong, self.wrong_shares(known), strict=True)]
             self.estimated = True
 
-    def wrong_shares(self, seen: list[int]) -> list[float]:
-        """By Bayes from the anchors: P(true g | given g), for each g; of classes as frequent as they were given."""
-        frequency = self.prior.exp()
-        average = {i: s.pseudo * frequency for i, s in self.samples.items() if s.pseudo is not None}
-        average = {i: mass / mass.sum() for i, mass in average.items()}
-        size = (sum(average.values()) / len(average)).tolist()
+    def by_heart(self, seen: list[int], held: list[int]) -> bool:
+        """Whether the labels of anchors are contradicted less often where they were trained on."""
+        right: dict[bool, list[bool]] = {True: [], False: []}
+        for c, those in enumerate(self.anchors(seen)):
+            for i in those:
+                right[i in held].append(self.given[i] == c)
+        outside, inside = (sum(those) / max(1, len(those)) for those in (right[True], right[False]))
+        number = len(right[True])
+        return number == 0 or inside - outside > standard_error(number, inside, outside)
+
+    def frequent(self) -> dict[int, Tensor]:
+        """p̄ of each sample, of classes as frequent as they were given."""
+        average = {i: s.pseudo * self.prior.exp() for i, s in self.samples.items() if s.pseudo is not None}
+        return {i: mass / mass.sum() for i, mass in average.items()}
+
+    def anchors(self, seen: list[int]) -> list[list[int]]:
+        """Of each predicted class, the surest."""
+        average = self.frequent()
         anchors: list[list[int]] = []
         for c in range(self.classes):
             those = [i for i in seen if average[i].argmax().item() == c]
             those.sort(key=lambda i: (-self.surest(i, average[i].max().item()), i))
             enough = max(int(len(those) * constants._ANCHORS), min(len(those), constants._FEW_ANCHORS))
             anchors.append(those[:enough])
+        return anchors
+
+    def wrong_shares(self, seen: list[int]) -> list[float]:
+        """By Bayes from the anchors: P(true g | given g), for each g; of classes as frequent as they were given."""
+        average = self.frequent()
+        size = (sum(average.values()) / len(average)).tolist()
+        anchors = self.anchors(seen)
         everybody = range(self.classes)
         given = [sum(self.given[i] == g for i in seen) / len(seen) for g in everybody]
 

@@ -20,7 +20,7 @@ from fsr_wrap import FSRWrapper, selection
 from fsr_wrap.memory import Memory
 from fsr_wrap.pushers import LAST, NEVER, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
-from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection, rank_within, wrong_shares
+from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection, anchors, rank_within, wrong_shares
 
 # --- the shares of wrong labels --------------------------------------------------------------------------------------
 
@@ -62,11 +62,15 @@ def test_the_shares_are_those_of_a_slow_twin(case: int) -> None:
     predicted, given = torch.randint(classes, (2, number))
     given = torch.where(torch.rand(number) < 0.6, predicted, given)
     seen, prior = torch.rand(number) < 0.8, torch.rand(classes).softmax(0)
-    found = wrong_shares(confidence, predicted, prior, given, seen)
+    found = shares(confidence, predicted, prior, given, seen)
     assert found.dtype == torch.float32
     assert ((found >= 0) & (found <= 1)).all()
     columns = [one.tolist() for one in (confidence, predicted, prior, given, seen)]
     assert_close(found.tolist(), slow_shares(*columns), 1e-6)
+
+
+def shares(confidence: Tensor, predicted: Tensor, prior: Tensor, given: Tensor, seen: Tensor) -> Tensor:
+    return wrong_shares(predicted, prior, given, seen, anchors(confidence, predicted, seen))
 
 
 def network(true: Tensor, classes: int, mistakes: float = 0.15) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +96,7 @@ def test_shares_of_uniform_noise_are_found(rate: float) -> None:
     torch.manual_seed(0)
     true = torch.randint(10, (20_000,))
     given = uniform(true, 10, rate)
-    found = wrong_shares(*network(true, 10), given, torch.ones(len(true), dtype=torch.bool))
+    found = shares(*network(true, 10), given, torch.ones(len(true), dtype=torch.bool))
     assert_close(found, actual(true, given, 10), {0.0: 0.005, 0.4: 0.05}.get(rate, 0.03))
 
 
@@ -101,7 +105,7 @@ def test_shares_of_asymmetric_noise_are_found_class_by_class() -> None:
     torch.manual_seed(0)
     true = torch.randint(5, (20_000,))
     given = torch.where((true == 1) & (torch.rand(len(true)) < 0.4), 0, true)
-    found = wrong_shares(*network(true, 5), given, torch.ones(len(true), dtype=torch.bool))
+    found = shares(*network(true, 5), given, torch.ones(len(true), dtype=torch.bool))
     assert_close(found, actual(true, given, 5), 0.03)
     assert found[0] > 0.25
     assert found[1:].max() < 0.01
@@ -115,7 +119,7 @@ def test_shares_of_a_long_tail_are_found() -> None:
     expected = actual(true, given, 10)
     assert expected[9] > 0.8
     assert expected[0] < 0.2
-    found = wrong_shares(*network(true, 10, mistakes=0.05), given, torch.ones(len(true), dtype=torch.bool))
+    found = shares(*network(true, 10, mistakes=0.05), given, torch.ones(len(true), dtype=torch.bool))
     assert_close(found, expected, 0.1)
 
 
@@ -133,8 +137,8 @@ def test_hard_samples_of_frequent_classes_are_not_taken_for_rare_ones(rate: floa
     average.average(torch.arange(len(true)), -(x[:, None] - centre).square().sum(2) / 2, torch.zeros(1), torch.ones(1))
     everybody, expected = torch.ones(len(true), dtype=torch.bool), actual(true, given, 4)
     log_prior = torch.bincount(given).div(len(true) / 4).log()
-    balanced = wrong_shares(*average.surest(), given, everybody)
-    found = wrong_shares(*average.surest(log_prior), given, everybody)
+    balanced = shares(*average.surest(), given, everybody)
+    found = shares(*average.surest(log_prior), given, everybody)
     assert (balanced - expected)[0] > 0.09
     assert (found - expected).abs()[0] < 0.04
     assert (found - expected).abs()[given].mean() < (balanced - expected).abs()[given].mean() / 2
@@ -146,11 +150,11 @@ def test_a_class_of_no_anchors_takes_the_share_of_all() -> None:
     given = uniform(true, 4, 0.3)
     confidence, predicted, prior = network(true, 4, mistakes=0.0)
     predicted[predicted == 2] = 3
-    found = wrong_shares(confidence, predicted, prior, given, torch.ones(len(true), dtype=torch.bool))
+    found = shares(confidence, predicted, prior, given, torch.ones(len(true), dtype=torch.bool))
     assert found.isfinite().all()
     # Half of the anchors of 3 are of class 2.
     assert 0.2 < found[2] < 0.6
-    nobody = wrong_shares(confidence, predicted, prior, given, torch.zeros(len(true), dtype=torch.bool))
+    nobody = shares(confidence, predicted, prior, given, torch.zeros(len(true), dtype=torch.bool))
     assert nobody.tolist() == [0, 0, 0, 0]
 
 
@@ -333,20 +337,6 @@ def test_chance_in_what_is_held_out_is_no_learning() -> None:
     assert not any(learning.ends(inside, outside) for inside, outside in [*chance[:3], (0.62, 0.52), (0.64, 0.54)])
 
 
-@pytest.mark.parametrize(
-    ("gain", "read"),
-    [(0.03, True), (0.01, False)],  # of an agreement of 0.1 on both sides
-)
-def test_shares_are_read_again_where_more_than_chance_is_learned(gain: float, read: bool) -> None:
-    watched = Watched(wrong=0.3)
-    for _ in range(3):
-        watched.ends(0.1, 0.1)
-    first = watched.one.share.clone()
-    watched.given = torch.arange(3000) % 3
-    watched.ends(0.1 + gain, 0.13 if read else 0.12)
-    assert (watched.one.share < first).all() if read else torch.equal(watched.one.share, first)
-
-
 def test_labels_are_not_judged_in_the_warm_up_nor_before_the_shares_are_found() -> None:
     early = Watched()
     assert [early.ends(0.9, 0.5) for _ in range(4)] == [False, False, True, True]  # predictions are averaged thrice
@@ -364,32 +354,60 @@ def test_labels_are_not_judged_where_nobody_is_held_out_or_nobody_came() -> None
     assert nobody.one.share.tolist() == [0, 0, 0]
 
 
-def test_the_lowest_share_counts_as_long_as_the_network_learns() -> None:
+def relabelled(wrong: float, number: int = 3000) -> Tensor:
+    true = torch.arange(number) % 3
+    return torch.where(torch.rand(number) < wrong, (true + 1) % 3, true)
+
+
+def test_the_lowest_share_counts_as_long_as_the_network_changes() -> None:
     watched = Watched(wrong=0.3)
     for a in (0.3, 0.4, 0.5):
         watched.ends(a, a)
     first = watched.one.share.clone()
-    true = torch.arange(3000) % 3
-
-    def relabelled(wrong: float) -> Tensor:
-        return torch.where(torch.rand(3000) < wrong, (true + 1) % 3, true)
-
     watched.given = relabelled(0.6)
     watched.ends(0.6, 0.6)
     assert torch.equal(watched.one.share, first)
     watched.given = relabelled(0.1)
-    watched.ends(0.7, 0.7)
+    watched.ends(0.7, 0.6)
     lower = watched.one.share.clone()
     assert (lower < first - 0.1).all()
-    watched.given = true
-    watched.ends(0.7, 0.7)
-    watched.ends(0.7, 0.7)
-    even_lower = watched.one.share.clone()
-    assert (even_lower <= lower).all()
     watched.given = relabelled(0.0)
-    watched.ends(0.7, 0.7)  # no more learning
-    watched.ends(0.9, 0.5)  # learning by heart
-    assert torch.equal(watched.one.share, even_lower)
+    watched.ends(0.61, 0.6)  # 0.01 more than two epochs ago
+    assert torch.equal(watched.one.share, lower)
+    watched.ends(0.73, 0.6)
+    assert (watched.one.share < lower).all()
+
+
+@pytest.mark.parametrize("by_heart", [0.6, 0.9])
+def test_shares_are_not_read_again_where_the_labels_of_anchors_are_learned_by_heart(by_heart: float) -> None:
+    """p̄ is that of the given label where it was trained on, for a part of the samples."""
+    watched = Watched(wrong=0.5)
+    for a in (0.3, 0.3, 0.3):
+        watched.ends(a, a)
+    first = watched.one.share.clone()
+    assert 0.4 < first.mean() < 0.6
+    learned = ~held(watched.one) & (torch.rand(3000) < by_heart)
+    true = torch.arange(3000) % 3
+    predicted = torch.where(learned, watched.given, true)
+    watched.average.columns["logits"][:-1] = (0.1 + 0.7 * F.one_hot(predicted, 3)).half()
+    watched.ends(0.5, 0.3)
+    assert torch.equal(watched.one.share, first)
+    watched.average.columns["logits"][:-1][held(watched.one)] = (0.1 + 0.7 * F.one_hot(watched.given, 3)).half()[
+        held(watched.one)
+    ]
+    watched.ends(0.7, 0.5)  # where held-out ones are known as well it is no learning by heart
+    assert (watched.one.share < first).all()
+
+
+def test_shares_are_not_read_again_where_nobody_among_the_anchors_is_held_out() -> None:
+    watched = Watched(wrong=0.3)
+    for a in (0.3, 0.3, 0.3):
+        watched.ends(a, a)
+    first = watched.one.share.clone()
+    watched.given = relabelled(0.0)
+    watched.average.columns["logits"][:-1][held(watched.one)] = 0.34  # they are the last of whom it is sure
+    watched.ends(0.5, 0.5)
+    assert torch.equal(watched.one.share, first)
 
 
 # --- who is judged how -----------------------------------------------------------------------------------------------
