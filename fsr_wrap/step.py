@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed, functional
+from . import distributed, functional, rules
 from .calls import other_streams_kept
-from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets, find_problems, finite_rows
+from .checks import finite_rows
 from .config import FSRConfig
 from .heads import Batch, GradientStep, Head, KernelStep, MetaStep, Reward, meta_dtype
+from .intake import Accepted, Intake, masked
 from .memory import Memory
-from .mixing import Mix, Mixer, check_mixable, shown
 from .pushers import Pusher, Visit
-from .replay import Replay
 from .selection import WRONG
-from .tap import Capture, Tap, check_rows
-
-
-@dataclass
-class _Accepted:
-    """A batch that passed the checks. `clean` is the capture of the inputs that are not mixed; `valid` is None where
-    every sample is; `given` and `found` are the user's logits and the capture of their forward; `shown` is whether the
-    sample's own class is the largest in a target that somebody else mixed, None where nobody did; `own_label`
-    says that the label is the sample's own, not guessed from a soft target."""
-
-    logits: Tensor
-    target: Tensor
-    label: Tensor
-    index: Tensor
-    capture: Capture
-    clean: Capture
-    mix: Mix | None
-    valid: Tensor | None
-    given: Tensor
-    found: Capture
-    shown: Tensor | None = None
-    own_label: bool = True
 
 
 @dataclass
@@ -85,28 +60,12 @@ class Reweighting:
     """
 
     def __init__(self, core: nn.Module, head: Head, config: FSRConfig, memory: Memory) -> None:
-        self.core, self.head, self.config, self.memory = core, head, config, memory
+        self.intake = Intake(core, head, config)
+        self.head, self.config, self.memory = head, config, memory
         self.weights: Tensor | None = None  # of the last batch
         self._pusher: Pusher = config.get_pusher()
-        self._watch = Watch()
-        self._mixer = Mixer()
-        self._warned_of_label = False
-        self._checked = False
-        self._looks = 0  # batches that came before the check saw something
         self._recorded: list[_Decision] | None = None
         self._replayed: deque[_Decision] = deque()
-        self._listen()
-
-    def _listen(self) -> None:
-        self._tap = Tap(self.core, *self.head.parts)
-        cached = self.config.reward == "cached" or self.config.selects
-        self._replay = Replay(self.core, self.head, self._tap, cached)
-        weakref.finalize(self, self._tap.remove)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._tap.adopt(self.core, *self.head.parts)
-        weakref.finalize(self, self._tap.remove)
 
     @property
     def is_active(self) -> bool:
@@ -116,27 +75,19 @@ class Reweighting:
     @property
     def waiting(self) -> int:
         """How many samples the last forward had, 0 if its `loss` was called."""
-        return self._tap.waiting
+        return self.intake.waiting
 
     def take_over(self, memory: Memory) -> None:
         """Goes on with another memory; while it knows no number of classes, the head tells wrong logits."""
         self.memory = memory
         if not memory.ready:
-            self._checked, self._looks = False, 0
+            self.intake.check_again()
 
     def loss(self, logits: Tensor, target: Tensor, index: Tensor, label: Tensor | None) -> tuple[Tensor, int]:
         """The loss to back-propagate, and b over all processes, 0 if it does not count; see `FSRWrapper.loss`."""
-        batch = self._accept(logits, target, index, label)
-        guessed = target.ndim == 2 and label is None and batch.mix is None and not self._replayed
-        if guessed and not self._warned_of_label:
-            self._warned_of_label = True
-            warnings.warn(
-                "The soft targets are not those of FSR's own mixup(), so the class that scores and dictionary see is "
-                "the largest entry of each, which in mixed images may be the partner's. Pass the samples' own classes "
-                "as well: loss(logits, target, index, label=y).",
-                stacklevel=4,
-            )
-        self._prepare(batch)
+        batch = self.intake.accept(self.memory, logits, target, index, label, again=bool(self._replayed))
+        self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
+        self.intake.discard(batch)
         return self._train(batch)
 
     def evaluated_once(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -158,115 +109,9 @@ class Reweighting:
 
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed inputs and their soft targets; see `FSRWrapper.mixup`."""
-        check_mixable(inputs, target)
-        # Numbers that depend on where training stands, so that a call whose batch is not used changes nothing.
-        position = self.memory.epoch, self.memory.consumed
-        generator = self.memory.generator_at(position, self._mixer.number(position), distributed.rank())
-        beta = self.config.mixup_beta
-        return self._mixer.mix(inputs, target, self._num_classes(), position, generator, beta)
+        return self.intake.mixup(self.memory, inputs, target)
 
-    def _num_classes(self) -> int:
-        if self.memory.num_classes is not None:
-            return self.memory.num_classes
-        if self.head.is_linear:
-            return self.head.num_classes
-        raise RuntimeError("mixup() must know the number of classes: pass one batch to loss() first, or a linear head.")
-
-    def _accept(self, logits: Tensor, target: Tensor, index: Tensor, given: Tensor | None) -> _Accepted:
-        """Checks all that was passed; raises before anything is changed."""
-        index = check_batch(logits, target, index, given, num_classes=self.memory.num_classes)
-        found = self._tap.find(logits)
-        if found is None:
-            raise RuntimeError(self._tap.explain(logits, self.head.name))
-        self._replay.check(found)
-        mix, capture = self._mixer.find(found, target), self._replay.complete(found, logits)
-        clean = self._clean(capture, mix)
-        if self.memory.ready and not self.config.selects:
-            self.memory.dictionary.check_payload(self._replay.payload(clean), self._replay.advice)
-        label = _label(target, given, mix)
-        rows = self.memory.num_samples or INDEX_LIMIT
-        # A linear head's logits cannot be finite where its input is not.
-        told = self.head.is_linear and capture.output.data_ptr() == logits.data_ptr()
-        others = (*_looked_at(clean), clean.output) if clean is not capture else ()
-        features = _looked_at(capture)
-        good = all_good(logits, others if told else (*features, *others), target, label, index, rows)
-        if not good:
-            valid = self._look_closer(logits, (*features, *others), target, label, index, rows)
-        if not self._checked:
-            self._check_head(found, capture, logits)
-        batch = _Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
-        batch.own_label = target.ndim == 1 or mix is not None or given is not None
-        if not good and (logits.device.type != "cpu" or self.config.nonfinite == "skip"):
-            batch = self._masked(batch, valid)
-        if given is not None and target.ndim == 2 and mix is None:
-            batch.shown = shown(target.detach(), batch.label)
-        return batch
-
-    def _masked(self, batch: _Accepted, valid: Tensor) -> _Accepted:
-        """The batch with zeros for the samples that are not valid."""
-        index, label = torch.where(valid, batch.index, 0), batch.label.clamp(0, batch.logits.shape[1] - 1)
-        logits = torch.where(valid[:, None], batch.logits, 0)
-        hard_or_soft = label if batch.target.ndim == 1 else torch.where(valid[:, None], batch.target, 0)
-        soft = functional.dense_target(hard_or_soft, logits.detach().to(meta_dtype(logits)))
-        features, soft = _masked(valid, batch.capture.features, soft, self.config.label_smoothing)
-        capture = clean = replace(batch.capture, features=features)
-        if batch.clean is not batch.capture:
-            rows = batch.clean
-            clean = replace(rows, features=_rows(valid, rows.features), output=_rows(valid, rows.output))
-        batch = replace(batch, logits=logits, target=soft, label=label, index=index, valid=valid)
-        return replace(batch, capture=capture, clean=clean)
-
-    def _clean(self, capture: Capture, mix: Mix | None) -> Capture:
-        """The capture of the clean inputs: the batch's own, or of one more forward under MixUp."""
-        if mix is None or self._replayed:
-            return capture
-        device = capture.output.device.type
-        with torch.no_grad(), _autocast_off(device), self._tap.mute():
-            return self._replay.clean(capture, mix.mixed, mix.inputs)
-
-    def _check_head(self, found: Capture, capture: Capture, logits: Tensor) -> None:
-        """Looks at the head at the first batch, and at the 2nd, 4th, 8th and so on as long as nothing could be seen."""
-        if self._looks & (self._looks + 1) == 0:
-            off = _autocast_off(logits.device.type)
-            with torch.no_grad(), off, self._tap.mute(), other_streams_kept():
-                if not self._replay.is_whole:
-                    check_rows(found, logits, self.head.name)
-                self._checked = self.head.check(capture, logits)
-                self.head.find_derivative(capture.features, logits)
-        self._looks += 1
-
-    def _look_closer(
-        self,
-        logits: Tensor,
-        features: tuple[Tensor, ...],
-        target: Tensor,
-        label: Tensor,
-        index: Tensor,
-        rows: int,
-    ) -> Tensor:
-        """Which samples are good, (b,) bool. **Raises:** `ValueError` for others, as far as they are not skipped."""
-        problems, details, valid = find_problems(logits, features, target, label, index, rows)
-        messages: dict[str, str | Callable[..., str]] = {
-            "label": f"a label outside [0, {logits.shape[1]}), the classes of the logits, or another than mixup() was "
-            "given.",
-            "target": describe_targets,
-            "index": f"an index outside [0, {rows}). Indices number the samples from 0, as with_index(dataset) does; "
-            "pass dataset= or num_samples= of the whole data set.",
-            "non-finite": "NaN or infinite logits or features. Lower the learning rate, or pass nonfinite='skip'.",
-        }
-        skip = self.config.nonfinite == "skip"
-        raised = {name: n for name, n in problems.items() if not (skip and name == "non-finite")}
-        self._watch(raised, messages, details)
-        return valid
-
-    def _prepare(self, batch: _Accepted) -> None:
-        """The batch is good: makes room for it, and forgets what was kept for it."""
-        self.memory.prepare(batch.index, batch.logits.shape[1], batch.logits.device)
-        self._replay.remember(batch.found)
-        self._tap.discard(batch.found, batch.given)
-        self._mixer.discard(batch.mix)
-
-    def _train(self, batch: _Accepted) -> tuple[Tensor, int]:
+    def _train(self, batch: Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
         logits = batch.logits.to(meta_dtype(batch.logits))
         decision = self._replayed.popleft() if self._replayed else None
@@ -276,7 +121,7 @@ class Reweighting:
         size = 0
         if decision is None:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
-            with torch.no_grad(), _autocast_off(logits.device.type), self._tap.mute(), kept:
+            with self.intake.apart(logits.device.type), kept:
                 decision = self._decide(batch, logits.detach(), adjusted.detach())
             size, decision.prior = decision.size, prior
             if self._recorded is not None:
@@ -289,7 +134,7 @@ class Reweighting:
         world = distributed.world_size()
         return loss if world == 1 else loss * world, size
 
-    def _decide(self, batch: _Accepted, logits: Tensor, adjusted: Tensor) -> _Decision:
+    def _decide(self, batch: Accepted, logits: Tensor, adjusted: Tensor) -> _Decision:
         """The batch's weights and targets; updates what FSR knows. `adjusted`: the logits plus the log-prior."""
         memory, valid, selection = self.memory, batch.valid, self.memory.selection
         seen = self._look(batch, logits, adjusted)
@@ -301,18 +146,18 @@ class Reweighting:
             rule = self.config.weight_rule
             scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
             scores = scores if valid is None else torch.where(valid, scores, 0)
-            unnormalized, sums = _unnormalized(rule, scores, valid)
+            unnormalized, sums = rules.unnormalized(rule, scores, valid)
         else:
-            rule, (unnormalized, sums) = "uniform", _unnormalized("uniform", seen.losses, valid)
+            rule, (unnormalized, sums) = "uniform", rules.unnormalized("uniform", seen.losses, valid)
 
         score, right = self._value(batch, seen, step)
         # A class that there is not is no candidate's.
         label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
         mine, length = (seen.index, label, score, *(() if right is None else (right,))), max(counts)
         sums, (index, label, score, *others) = distributed.gather(sums, mine, length)
-        weights = self._normalize(rule, unnormalized, valid, size, sums)
+        weights = rules.normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
-        payload = () if selection is not None else self._replay.payload(batch.clean)
+        payload = () if selection is not None else self.intake.replay.payload(batch.clean)
         more = {"new": seen.new if alone else None, "right": others[0] if others else None}
         row = memory.visit(index, label, score, payload, offset=offset, given=batch.own_label, **more)
         row = row if alone else row[offset : offset + len(seen.losses)]
@@ -329,7 +174,7 @@ class Reweighting:
         memory.count(weights, seen.losses, size, **more)
         return decision
 
-    def _look(self, batch: _Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:
+    def _look(self, batch: Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:
         """What is known of the batch before anything is asked."""
         memory, valid = self.memory, batch.valid
         smoothing = self.config.label_smoothing if valid is None else 0.0  # masked targets are smooth already
@@ -346,7 +191,7 @@ class Reweighting:
             seen.is_open = clean > functional.SHUT
         return seen
 
-    def _value(self, batch: _Accepted, seen: _Seen, step: MetaStep | None) -> tuple[Tensor, Tensor | None]:
+    def _value(self, batch: Accepted, seen: _Seen, step: MetaStep | None) -> tuple[Tensor, Tensor | None]:
         """P of each sample, (b,), and, if the table keeps it, whether it is classified as its label."""
         ahead, dtype = None, seen.logits.dtype
         if step is not None and self._pusher.needs_lookahead:
@@ -360,7 +205,7 @@ class Reweighting:
         return self._pusher(visit), None if learned is None else visit.right
 
     def _relabel(
-        self, batch: _Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, mean_square: Tensor | None
+        self, batch: Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, mean_square: Tensor | None
     ) -> _Decision:
         """The batch's targets under the paper's rules: the given ones by their weights, and pseudo-labels by p/b."""
         store, blend = self.memory.pseudo, None
@@ -374,9 +219,7 @@ class Reweighting:
         blend = torch.zeros_like(seen.logits) if blend is None else blend
         return _Decision(weights, _blended(seen.at_head, weights, blend), size)
 
-    def _select(
-        self, batch: _Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor
-    ) -> _Decision:
+    def _select(self, batch: Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor) -> _Decision:
         """The batch's targets where labels are judged: those believed, and what the network thought of the others."""
         store, selection, mix = self.memory.pseudo, self.memory.selection, batch.mix
         assert store is not None
@@ -393,21 +236,21 @@ class Reweighting:
         pull = selection.pull * self.config.relabel_weight
         return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)
 
-    def _mixed(self, batch: _Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:
+    def _mixed(self, batch: Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:
         """The targets of samples whose partners, under MixUp, are weighed for themselves."""
         if batch.mix is None:
             return _blended(seen.at_head, weights, blend)
         own = replace(seen.at_head, target=batch.label, label_smoothing=self.config.label_smoothing)
         return batch.mix.of(_blended(own, weights, blend))
 
-    def _reward(self, batch: _Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor | None]:
+    def _reward(self, batch: Accepted, dtype: torch.dtype) -> tuple[Reward, Tensor | None]:
         """This process's part of the reward batch, and how many samples were left out of it because of NaN or inf."""
         config, capture = self.config, batch.capture
         label, payload = self.memory.reward_batch()
         if distributed.world_size() > 1:
             part = slice(distributed.rank(), None, distributed.world_size())
             label, payload = label[part], tuple(tensor[part] for tensor in payload)
-        features = self.head.features(self._replay.features(payload, capture), dtype)
+        features = self.head.features(self.intake.replay.features(payload, capture), dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
         if not isinstance(features, Tensor):  # a call of the model, see _looked_at
             return reward, None
@@ -415,10 +258,10 @@ class Reweighting:
             return reward, None
         finite = finite_rows(features)
         soft = functional.dense_target(label, batch.logits.new_zeros(len(label), batch.logits.shape[1], dtype=dtype))
-        features, soft = _masked(finite, features, soft, config.label_smoothing)
+        features, soft = masked(finite, features, soft, config.label_smoothing)
         return replace(reward, features=features, target=soft, label_smoothing=0.0), (~finite).sum()
 
-    def _scores(self, step: MetaStep, batch: _Accepted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _scores(self, step: MetaStep, batch: Accepted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores of the batch, this process's part of the reward loss, and how many reward samples were left out."""
         memory, every = self.memory, self.config.reward_every
         if every == 1 or not isinstance(step, GradientStep):
@@ -434,7 +277,7 @@ class Reweighting:
         loss = gradient.pop("/loss")
         return step.scores_along(gradient), loss, skipped
 
-    def _look_ahead(self, accepted: _Accepted, seen: _Seen) -> tuple[MetaStep | None, list[int], Tensor | None]:
+    def _look_ahead(self, accepted: Accepted, seen: _Seen) -> tuple[MetaStep | None, list[int], Tensor | None]:
         """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
 
         Several processes wait for the device here, to know how much there is to exchange.
@@ -469,71 +312,9 @@ class Reweighting:
             step = GradientStep(head, batch, lr, params, total, sum(counts))
         return step, counts, total["/square"] / total["/new"].clamp(min=1) if squares is not None else None
 
-    def _normalize(self, rule: str, unnormalized: Tensor, valid: Tensor | None, size: int, sums: Tensor) -> Tensor:
-        """ω of the batch, normalised over all processes (Eq. 2, Section 5.2). `sums`: of each process, (W, k)."""
-        if rule == "uniform":
-            return unnormalized / size
-        if rule == "select":
-            return unnormalized / sums.sum().clamp(min=1).to(unnormalized.dtype)
-        if rule == "clip":
-            total = sums.sum()
-        else:
-            minimum, count = sums[:, 0].amin(), sums[:, 2].sum()
-            unnormalized = functional.shift_weights(unnormalized, minimum, size) * (1 if valid is None else valid)
-            total = sums[:, 1].sum() - count * minimum + count / size
-        weights = functional.normalize_weights(unnormalized, total).to(unnormalized.dtype)
-        if total.device.type != "cpu" or not math.isfinite(total.item()):  # infinite reward gradient: plain training
-            uniform = torch.ones_like(weights) / size if valid is None else valid.to(weights.dtype) / size
-            weights = torch.where(total - total == 0, weights, uniform)
-        return weights
-
-
-def _unnormalized(rule: str, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """u of each sample, (b,) (under "shift" the scores as they are), and what the other processes must know of them to
-    normalise, (k,)."""
-    if rule == "clip":
-        weights = functional.clip_weights(scores)
-        return weights, weights.sum()[None]
-    if rule == "shift":
-        bounded = scores if valid is None else torch.where(valid, scores, torch.inf)
-        lowest = bounded.amin() if len(scores) else scores.new_tensor(torch.inf)
-        count = scores.new_tensor(float(len(scores))) if valid is None else valid.sum().to(scores.dtype)
-        return scores, torch.stack([lowest, scores.sum(), count])
-    return torch.ones_like(scores) if valid is None else valid.to(scores.dtype), scores.new_zeros(0)
-
-
-def _looked_at(capture: Capture) -> tuple[Tensor, ...]:
-    """What must be finite besides the logits: the head's input. The model's may be infinite, as masks are."""
-    return (capture.features,) if isinstance(capture.features, Tensor) else ()
-
-
-def _rows(valid: Tensor, tensor: Any) -> Any:
-    if not isinstance(tensor, Tensor):
-        return tensor.where(valid)
-    return torch.where(valid.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
-
 
 def _blended(batch: Batch, weights: Tensor, blend: Tensor) -> Tensor:
     """Σ of the batch's own targets by their weights (b,), and what else there is of each class, (b, C)."""
     if batch.target.ndim == 1 and not batch.label_smoothing:
         return blend.scatter_add_(1, batch.target[:, None], weights[:, None])
     return torch.addcmul(blend, functional.dense_target(batch.target, blend, batch.label_smoothing), weights[:, None])
-
-
-def _label(target: Tensor, given: Tensor | None, mix: Mix | None) -> Tensor:
-    """The class of each sample that scores and dictionary see, (b,)."""
-    if mix is not None:
-        return mix.label if given is None or given is mix.label else torch.where(given == mix.label, given, -1)
-    if given is not None:
-        return given
-    return target if target.ndim == 1 else target.detach().argmax(1)
-
-
-def _masked(valid: Tensor, features: Any, target: Tensor, label_smoothing: float) -> tuple[Any, Tensor]:
-    """Features (n, ...) and dense targets (n, C), smoothed, with zeros for the samples that are not valid."""
-    return _rows(valid, features), functional.dense_target(target, target, label_smoothing) * valid[:, None]
-
-
-def _autocast_off(device: str) -> AbstractContextManager[Any]:
-    """Autocast off within; entering nothing where it is off, which takes less time."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

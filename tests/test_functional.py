@@ -14,6 +14,7 @@ from helpers import (
 )
 
 from fsr_wrap import functional as fsr
+from fsr_wrap import rules
 from fsr_wrap.heads import Batch, GradientStep, Head, KernelStep, Reward
 from fsr_wrap.relabel import PseudoLabels
 
@@ -166,6 +167,45 @@ def test_normalize_weights():
     assert_close(fsr.normalize_weights(1e-9 * weights, 1e-9 * weights.sum()), weights / 4)
     zeros = torch.zeros(3)
     assert_close(fsr.normalize_weights(zeros, zeros.sum()), zeros, 0.0)
+
+
+SCORES = torch.tensor([-2.0, 0.0, 3.0, 1.0])
+VALID = torch.tensor([True, True, True, False])
+
+
+def weigh(rule, scores, valid=None, parts=1):
+    """ω of scores that lie in so many processes, which each know their own and the sums of all."""
+    size = len(scores)
+    scores = scores.chunk(parts)
+    valid = (None,) * parts if valid is None else valid.chunk(parts)
+    scores = [s if v is None else torch.where(v, s, 0) for s, v in zip(scores, valid, strict=True)]
+    found = [rules.unnormalized(rule, s, v) for s, v in zip(scores, valid, strict=True)]
+    sums = torch.stack([sums for _, sums in found])
+    return torch.cat([rules.normalize(rule, u, v, size, sums) for (u, _), v in zip(found, valid, strict=True)])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_weights_by_each_rule(parts):
+    assert_close(weigh("clip", SCORES, None, parts), torch.tensor([0, 0, 3.0, 1.0]) / 4)
+    assert_close(weigh("shift", SCORES, None, parts), torch.tensor([0.25, 2.25, 5.25, 3.25]) / 11)
+    assert_close(weigh("uniform", SCORES, None, parts), torch.full((4,), 0.25), 0.0)
+    assert_close(weigh("clip", SCORES, VALID, parts), torch.tensor([0, 0, 1.0, 0]))
+    assert_close(weigh("shift", SCORES, VALID, parts), torch.tensor([0.25, 2.25, 5.25, 0]) / 7.75)
+    assert_close(weigh("uniform", SCORES, VALID, parts), 0.25 * VALID.float(), 0.0)
+
+
+def test_weights_of_selected_samples_are_shares_of_them():
+    chosen = torch.tensor([1.0, 0.0, 1.0])
+    sums = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
+    assert_close(rules.normalize("select", chosen, None, 6, sums), chosen / 5)
+    assert_close(rules.normalize("select", 0 * chosen, None, 6, 0 * sums), 0 * chosen, 0.0)
+
+
+@pytest.mark.parametrize("rule", ["clip", "shift"])
+def test_weights_of_infinite_scores_are_uniform(rule):
+    scores = torch.tensor([torch.inf, 0.0, 1.0, 2.0])
+    assert_close(weigh(rule, scores), torch.full((4,), 0.25), 0.0)
+    assert_close(weigh(rule, scores, VALID), 0.25 * VALID.float(), 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

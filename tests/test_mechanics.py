@@ -496,8 +496,8 @@ def test_a_module_that_holds_its_own_wrapper_is_copied(
     assert len(list(model.parameters())) == 6
     assert not any(name.startswith("fsr") for name in model.state_dict())
     train(model, model.fsr)
-    twin = duplicate(model) if whole else duplicate(model.fsr)._reweighting.core
-    assert twin.fsr._reweighting.core is twin
+    twin = duplicate(model) if whole else duplicate(model.fsr)._reweighting.intake.core
+    assert twin.fsr._reweighting.intake.core is twin
     assert len(twin._forward_hooks) == len(model._forward_hooks)
     handle = twin.fc.register_forward_hook(lambda *_: None)  # does not take a number that is in use
     for one in (model, twin):
@@ -511,7 +511,7 @@ def test_a_module_that_holds_its_own_wrapper_is_copied(
 def test_a_wrapper_that_goes_takes_its_hooks_along() -> None:
     model, fsr = make()
     twin = copy.deepcopy(fsr)
-    other = twin._reweighting.core
+    other = twin._reweighting.intake.core
     for one in (model, other):
         assert one._forward_hooks
     del fsr, twin

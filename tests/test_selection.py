@@ -594,7 +594,7 @@ def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior(
 def test_a_sample_whose_target_shows_another_class_takes_no_pseudo_label() -> None:
     """Its averaged probabilities are those of its own image: neither are predictions pulled to them."""
     fsr = run(50, 4)
-    model, memory = fsr._reweighting.core, fsr._memory
+    model, memory = fsr._reweighting.intake.core, fsr._memory
     prior, x = memory.log_prior, torch.randn(6, 2)
     assert memory.selection is not None
     assert prior is not None

@@ -213,7 +213,7 @@ def test_mixup_that_raises_or_is_not_used_leaves_no_trace(options: dict[str, Any
         step(model, fsr, *fsr.mixup(x[:50], y[:50]), torch.arange(50)) if not disturbed else None
         runs.append(snapshot(model, fsr) if not disturbed else None)
         if disturbed:
-            fresh = [mix for mix in fsr._reweighting._mixer._waiting if mix.position == (fsr.epoch, 0)]
+            fresh = [mix for mix in fsr._reweighting.intake._mixer._waiting if mix.position == (fsr.epoch, 0)]
             assert not fresh
             step(model, fsr, *fsr.mixup(x[:50], y[:50]), torch.arange(50))
             runs[-1] = snapshot(model, fsr)

@@ -56,7 +56,7 @@ from figures import pyplot
 from networks import make_network
 from peers import PEERS
 
-from fsr_wrap import FSRConfig, FSRWrapper, RewardDictionary, heads, pushers, relabel, replay, step
+from fsr_wrap import FSRConfig, FSRWrapper, RewardDictionary, heads, pushers, relabel, replay, rules, step
 
 SAMPLES, BATCH_SIZE, REWARD_SIZE, LR = 4000, 100, 200, 0.01
 EPOCH = SAMPLES // BATCH_SIZE
@@ -75,7 +75,8 @@ VARIANTS = ("plain", *list(FSR)[:3], FLOOR, *list(FSR)[3:], *PEERS, BOTH)
 PARTS = {
     "extra forward": ((replay.Replay, "_run"),),
     "meta": (
-        *((step.Reweighting, name) for name in ("_look_ahead", "_normalize")),
+        (step.Reweighting, "_look_ahead"),
+        (rules, "normalize"),
         *((kind, name) for kind in (heads.KernelStep, heads.GradientStep) for name in ("logits", "scores")),
         *((heads.GradientStep, name) for name in ("reward_gradient", "scores_along")),
     ),
