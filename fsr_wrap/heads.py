@@ -511,7 +511,7 @@ class Head:
             warnings.warn(
                 f"The head {self.name!r} can be differentiated once only, so a step takes a backward pass through it "
                 "for each sample. Pass a smaller head, or give its autograd.Function a jvp.",
-                stacklevel=4,
+                stacklevel=7,
             )
 
 
