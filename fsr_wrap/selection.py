@@ -157,7 +157,7 @@ class Selection:
     def _estimate(
         self, seen: Tensor, code: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None
     ) -> None:
-        """The shares of wrong labels; not where they were found, and the labels of anchors are learned by heart.
+        """The shares of wrong labels.
 
         A label is given as often as its class occurs: to tell whether it is wrong takes that back into the predictions
         which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
@@ -167,13 +167,15 @@ class Selection:
         sure = anchors(confidence, predicted, averaged)
         if not sure.any():
             return
-        trained, held = (_mean((predicted == given)[sure & (code == part)]) for part in (TRAINED, HELD))
-        if self.estimated and (not held[1] or trained[0] - held[0] > _error(held[1], trained[0], held[0])):
-            return
         found = wrong_shares(predicted, prior, given, averaged, sure)
-        # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
-        self.share = torch.minimum(self.share, found) if self.estimated else found
-        self.estimated = True
+        if self.estimated:
+            # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts. Wrong
+            # labels that are known by heart look right: as many more than among the anchors that are held out.
+            trained, held = (_mean((predicted == given)[sure & (code == part)]) for part in (TRAINED, HELD))
+            least = held[0] - _error(held[1], trained[0], held[0]) / 2
+            found = 1 - (1 - found) * min(1.0, max(0.0, least) / max(trained[0], 1e-12))
+            found = torch.minimum(self.share, found)
+        self.share, self.estimated = found, True
 
     def _judged(self, score: Tensor, given: Tensor) -> Tensor:
         """The code of each sample: of each class the share of lowest P̂ is taken for wrong."""

@@ -424,19 +424,21 @@ class Oracle:
         if self.epoch >= constants._VISITS and known:
             if not self.estimated:
                 self.wrong = self.wrong_shares(known)
-            elif grows and not self.by_heart(known, held):
-                self.wrong = [min(pair) for pair in zip(self.wrong, self.wrong_shares(known), strict=True)]
+            elif grows:
+                right = self.still_right(known, held)
+                found = [1 - (1 - share) * right for share in self.wrong_shares(known)]
+                self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]
             self.estimated = True
 
-    def by_heart(self, seen: list[int], held: list[int]) -> bool:
-        """Whether the labels of anchors are contradicted less often where they were trained on."""
+    def still_right(self, seen: list[int], held: list[int]) -> float:
+        """The part of the anchors' labels that look right, and look so where nobody could learn them by heart."""
         right: dict[bool, list[bool]] = {True: [], False: []}
         for c, those in enumerate(self.anchors(seen)):
             for i in those:
                 right[i in held].append(self.given[i] == c)
         outside, inside = (sum(those) / max(1, len(those)) for those in (right[True], right[False]))
-        number = len(right[True])
-        return number == 0 or inside - outside > standard_error(number, inside, outside)
+        outside = max(0.0, outside - standard_error(len(right[True]), inside, outside) / 2)
+        return outside / inside if outside < inside else 1.0
 
     def frequent(self) -> dict[int, Tensor]:
         """p̄ of each sample, of classes as frequent as they were given."""

@@ -378,28 +378,29 @@ def test_the_lowest_share_counts_as_long_as_the_network_changes() -> None:
     assert (watched.one.share < lower).all()
 
 
-@pytest.mark.parametrize("by_heart", [0.6, 0.9])
-def test_shares_are_not_read_again_where_the_labels_of_anchors_are_learned_by_heart(by_heart: float) -> None:
+@pytest.mark.parametrize("by_heart", [0.0, 0.3, 0.6, 0.9])
+def test_what_is_known_by_heart_does_not_lower_the_shares(by_heart: float) -> None:
     """p̄ is that of the given label where it was trained on, for a part of the samples."""
-    watched = Watched(wrong=0.5)
+    watched = Watched(number=30_000, wrong=0.5)
     for a in (0.3, 0.3, 0.3):
         watched.ends(a, a)
     first = watched.one.share.clone()
-    assert 0.4 < first.mean() < 0.6
-    learned = ~held(watched.one) & (torch.rand(3000) < by_heart)
-    true = torch.arange(3000) % 3
-    predicted = torch.where(learned, watched.given, true)
-    watched.average.columns["logits"][:-1] = (0.1 + 0.7 * F.one_hot(predicted, 3)).half()
+    assert_close(first, torch.full((3,), 0.5), 0.06)
+    true, mine = torch.arange(30_000) % 3, ~held(watched.one)
+    predicted = torch.where(mine & (torch.rand(30_000) < by_heart), watched.given, true)
+    p = torch.rand(30_000, 1) * 0.2 + 0.7 * F.one_hot(predicted, 3)
+    watched.average.columns["logits"][:-1] = p.half()
     watched.ends(0.5, 0.3)
-    assert torch.equal(watched.one.share, first)
-    watched.average.columns["logits"][:-1][held(watched.one)] = (0.1 + 0.7 * F.one_hot(watched.given, 3)).half()[
-        held(watched.one)
-    ]
-    watched.ends(0.7, 0.5)  # where held-out ones are known as well it is no learning by heart
-    assert (watched.one.share < first).all()
+    assert (watched.one.share <= first).all()
+    assert (watched.one.share > first - 0.05).all()
+    everybody = torch.where(torch.rand(30_000) < by_heart, watched.given, true)
+    watched.average.columns["logits"][:-1] = (p[:, :1] * 0 + 0.1 + 0.7 * F.one_hot(everybody, 3)).half()
+    watched.ends(0.7, 0.3)  # where held-out labels look right as well, they are
+    expected = 0.5 * (1 - by_heart)
+    assert_close(watched.one.share, torch.full((3,), expected), 0.1)
 
 
-def test_shares_are_not_read_again_where_nobody_among_the_anchors_is_held_out() -> None:
+def test_shares_stay_where_nobody_among_the_anchors_is_held_out() -> None:
     watched = Watched(wrong=0.3)
     for a in (0.3, 0.3, 0.3):
         watched.ends(a, a)
