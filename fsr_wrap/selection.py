@@ -119,8 +119,8 @@ class Selection:
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
-            grows = self._watch(trained[0], held)
-            if epoch + 1 >= _VISITS and (grows or not self.estimated):
+            learns = self._watch(trained[0], held)
+            if epoch + 1 >= _VISITS and (learns or not self.estimated):
                 self._estimate(seen, code, given, average, log_prior)
             self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
         if self.active:
@@ -138,7 +138,7 @@ class Selection:
         A network that learns agrees more with both, one that learns by heart with the former alone. What is held out is
         few: its agreement must be the best so far, else chance looks like learning.
 
-        **Returns:** whether the network still changes.
+        **Returns:** whether it may still learn: it changes, and agrees with what is held out about as often as ever.
         """
         outside, number = held
         error = _error(number, agreement, outside)
@@ -148,11 +148,12 @@ class Selection:
             growth = agreement - before
             rises = outside - outside_before > max(0.0, growth / 2)
         stalls = not rises or outside <= self.best
+        learns = growth > _GROWTH and outside > self.best - error
         self.agreement = [*self.agreement[-1:], (agreement, outside)]
         self.best = max(self.best, outside)
         apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
-        return growth > _GROWTH
+        return learns
 
     def _estimate(
         self, seen: Tensor, code: Tensor, given: Tensor, average: PseudoLabels, log_prior: Tensor | None

@@ -408,11 +408,11 @@ class Oracle:
             for those in ([i for i in seen if i not in held], held)
         )
         gap, error = inside - outside, standard_error(len(held), inside, outside)
-        rises = grows = False
+        rises = learns = False
         if len(self.agreement) == 2:
             before, before_outside = self.agreement[0]
             gain, gain_outside = inside - before, outside - before_outside
-            grows = gain > constants._GROWTH
+            learns = gain > constants._GROWTH and outside > max([0.0, *self.outsides]) - error
             rises = gain_outside > 0 and gain_outside > gain / 2
         stalls = not rises or any(outside <= earlier for earlier in [0.0, *self.outsides])
         self.agreement = [*self.agreement, (inside, outside)][-2:]
@@ -424,7 +424,7 @@ class Oracle:
         if self.epoch >= constants._VISITS and known:
             if not self.estimated:
                 self.wrong = self.wrong_shares(known)
-            elif grows:
+            elif learns:
                 right = self.still_right(known, held)
                 found = [1 - (1 - share) * right for share in self.wrong_shares(known)]
                 self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]

@@ -5,6 +5,7 @@ The tutorials run when the site is built, the snippets of `loops.md` in the test
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -112,11 +113,27 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["compare", "cifar"])
-def test_a_table_of_methods_is_that_of_the_committed_runs(name: str) -> None:
-    packed = ROOT / "docs" / "results" / f"{name}.json"
-    args = compare.parse(["--out", str(packed), "--splits", "0", "1", "2", "--table"])
-    assert compare.table(compare.read_runs(args), "last") in packed.with_suffix(".md").read_text()
+@pytest.mark.parametrize(
+    ("table", "runs", "value"),
+    [
+        ("compare", "compare", "last"),
+        ("compare_best", "compare", "best"),
+        ("cifar", "cifar", "last"),
+        ("no_harm", "no_harm", "last"),
+    ],
+)
+def test_a_table_of_methods_is_that_of_the_committed_runs(table: str, runs: str, value: str) -> None:
+    results = ROOT / "docs" / "results"
+    flags = ["--out", str(results / f"{runs}.json"), "--table", "--splits", "0", "1", "2", "--seeds", *"01234"]
+    found = compare.read_runs(compare.parse(flags))
+    assert compare.table(found, value) == (results / f"{table}.md").read_text().rstrip()
+
+
+def test_where_no_harm_is_claimed_both_methods_ran_in_pairs() -> None:
+    runs = json.loads((ROOT / "docs" / "results" / "no_harm.json").read_text())
+    pairs = Counter((run["case"], run["split"], run["seed"]) for run in runs)
+    assert set(pairs.values()) == {2}
+    assert {run["method"] for run in runs} == {"ce", "fsr"}
 
 
 def test_the_table_of_found_labels_is_that_of_the_committed_runs(

@@ -374,7 +374,9 @@ def test_the_lowest_share_counts_as_long_as_the_network_changes() -> None:
     watched.given = relabelled(0.0)
     watched.ends(0.61, 0.6)  # 0.01 more than two epochs ago
     assert torch.equal(watched.one.share, lower)
-    watched.ends(0.73, 0.6)
+    watched.ends(0.73, 0.5)  # held-out labels agree less than ever
+    assert torch.equal(watched.one.share, lower)
+    watched.ends(0.73, 0.59)  # by chance
     assert (watched.one.share < lower).all()
 
 
