@@ -25,11 +25,11 @@ _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
 _VISITS = 3  # epochs, after which predictions are averaged enough
 _ANCHORS, _FEW_ANCHORS = 0.2, 20  # the surest samples of each predicted class: a share, and a number at least
 _STEPS = 5  # of EM
-_FEW = 10  # anchors, at which a class's share is half its own and half that of all
+_FEW = 10  # samples that tell little: anchors, at which a class's share is half its own and half that of all; held out
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _GAP = 0.04  # in agreement, that counts
 _ERRORS = 3.0  # standard errors of it
-_GROWTH = 0.02  # of the agreement in two epochs, by which one tells that the network still changes
+_GROWTH = 0.02  # in agreement, within two epochs, by which one tells that the network still changes
 
 
 class Selection:
@@ -141,17 +141,20 @@ class Selection:
         **Returns:** whether it may still learn: it changes, and agrees with what is held out about as often as ever.
         """
         outside, number = held
+        earlier, self.agreement = self.agreement, [*self.agreement[-1:], (agreement, outside)]
+        if number < _FEW:
+            self.apart = 0
+            return False
         error = _error(number, agreement, outside)
         growth, rises = 0.0, False
-        if len(self.agreement) == 2:
-            before, outside_before = self.agreement[0]
+        if len(earlier) == 2:
+            before, outside_before = earlier[0]
             growth = agreement - before
             rises = outside - outside_before > max(0.0, growth / 2)
         stalls = not rises or outside <= self.best
         learns = growth > _GROWTH and outside > self.best - error
-        self.agreement = [*self.agreement[-1:], (agreement, outside)]
         self.best = max(self.best, outside)
-        apart = number > 0 and stalls and agreement - outside > max(_GAP, _ERRORS * error)
+        apart = stalls and agreement - outside > max(_GAP, _ERRORS * error)
         self.apart = self.apart + 1 if apart else 0
         return learns
 
@@ -165,17 +168,18 @@ class Selection:
         """
         confidence, predicted, prior = average.surest(log_prior)
         averaged = seen & (confidence > 0)
-        sure = anchors(confidence, predicted, averaged)
+        sure = anchors(confidence, predicted, averaged, least=_FEW_ANCHORS)
         if not sure.any():
             return
         found = wrong_shares(predicted, prior, given, averaged, sure)
         if self.estimated:
             # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts. Wrong
-            # labels that are known by heart look right: as many more than among the anchors that are held out.
-            trained, held = (_mean((predicted == given)[sure & (code == part)]) for part in (TRAINED, HELD))
-            least = held[0] - _error(held[1], trained[0], held[0]) / 2
-            found = 1 - (1 - found) * min(1.0, max(0.0, least) / max(trained[0], 1e-12))
-            found = torch.minimum(self.share, found)
+            # labels that are known by heart look right: they are put back, where labels were wrong so far.
+            number = torch.bincount(given[averaged], minlength=len(found)).double()
+            right, share = ((number * part).sum() / number.sum() for part in (1 - found, self.share))
+            sure = anchors(confidence, predicted, averaged, least=0)
+            by_heart = 1 - _still_right((predicted == given)[sure], code[sure])
+            found = torch.minimum(self.share, found + self.share * (right * by_heart / share.clamp(min=1e-12)).float())
         self.share, self.estimated = found, True
 
     def _judged(self, score: Tensor, given: Tensor) -> Tensor:
@@ -201,8 +205,8 @@ class Selection:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes all of it back. There must be as many samples."""
         self.active, self.estimated, self.apart = state["active"], state["estimated"], state["apart"]
-        self.pull, self.best = state["pull"], state.get("best", 0.0)
-        self.agreement = list(state["agreement"])
+        self.pull, self.agreement = state["pull"], list(state["agreement"])
+        self.best = state.get("best", max((outside for _, outside in self.agreement), default=0.0))
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
 
@@ -211,15 +215,15 @@ class Selection:
         self.code = self.code.to(device)
 
 
-def anchors(confidence: Tensor, predicted: Tensor, seen: Tensor) -> Tensor:
+def anchors(confidence: Tensor, predicted: Tensor, seen: Tensor, least: int) -> Tensor:
     """The samples that the network is surest of, of each class that it predicts, (N,) bool.
 
     **Arguments:** `confidence` and `predicted` (N,), the largest averaged probability and its class; `seen` (N,) bool,
-    who may be one. On the host.
+    who may be one; `least`, so many of each class at least, as far as there are. On the host.
     """
     confidence, group = confidence[seen], predicted[seen]
     number = torch.bincount(group)
-    enough = torch.maximum((number * _ANCHORS).long(), number.clamp(max=_FEW_ANCHORS))
+    enough = torch.maximum((number * _ANCHORS).long(), number.clamp(max=least))
     sure = torch.zeros_like(seen)
     sure[seen] = rank_within(-confidence, group) < enough[group]
     return sure
@@ -276,6 +280,17 @@ def _mean(values: Tensor) -> tuple[float, int]:
     return float(values.double().mean()) if len(values) else 0.0, len(values)
 
 
+def _still_right(right: Tensor, code: Tensor) -> float:
+    """What part of the labels of anchors that look right do so where nobody could learn them by heart, in [0, 1].
+
+    Half a standard error less, as those are few; all, where they are fewer than `_FEW`.
+    """
+    (trained, _), (held, number) = (_mean(right[code == part]) for part in (TRAINED, HELD))
+    if number < _FEW:
+        return 1.0
+    return min(1.0, max(0.0, held - _error(number, trained, held) / 2) / max(trained, 1e-12))
+
+
 def _error(number: int, *shares: float) -> float:
-    """The standard error of a share of `number` samples, of the likeliest of `shares` to scatter."""
+    """The standard error of a share of `number` samples; of that of `shares` that scatters most, 0.01 at least."""
     return math.sqrt(max(share * (1 - share) for share in (*shares, 0.01)) / max(number, 1))

@@ -409,50 +409,64 @@ class Oracle:
         )
         gap, error = inside - outside, standard_error(len(held), inside, outside)
         rises = learns = False
+        best = max([0.0, *self.outsides])
         if len(self.agreement) == 2:
             before, before_outside = self.agreement[0]
             gain, gain_outside = inside - before, outside - before_outside
-            learns = gain > constants._GROWTH and outside > max([0.0, *self.outsides]) - error
+            learns = gain > constants._GROWTH and outside > best - error
             rises = gain_outside > 0 and gain_outside > gain / 2
-        stalls = not rises or any(outside <= earlier for earlier in [0.0, *self.outsides])
         self.agreement = [*self.agreement, (inside, outside)][-2:]
-        self.outsides.append(outside)
-        self.apart += 1
-        if not held or not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
-            self.apart = 0
+        if len(held) < constants._FEW:
+            self.apart, learns = 0, False
+        else:
+            self.outsides.append(outside)
+            stalls = not rises or outside <= best
+            self.apart += 1
+            if not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
+                self.apart = 0
         known = [i for i in seen if self.samples[i].pseudo is not None]
         if self.epoch >= constants._VISITS and known:
             if not self.estimated:
                 self.wrong = self.wrong_shares(known)
             elif learns:
-                right = self.still_right(known, held)
-                found = [1 - (1 - share) * right for share in self.wrong_shares(known)]
-                self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]
+                self.read_again(known, held)
             self.estimated = True
+
+    def read_again(self, seen: list[int], held: list[int]) -> None:
+        """The lowest share counts; right labels that are known by heart alone are wrong where labels were."""
+        found = self.wrong_shares(seen)
+        looks_right = sum(1 - found[self.given[i]] for i in seen) / len(seen)
+        so_far = sum(self.wrong[self.given[i]] for i in seen) / len(seen)
+        by_heart = looks_right * (1 - self.still_right(seen, held))
+        if so_far:
+            found = [now + before / so_far * by_heart for now, before in zip(found, self.wrong, strict=True)]
+        self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]
 
     def still_right(self, seen: list[int], held: list[int]) -> float:
         """The part of the anchors' labels that look right, and look so where nobody could learn them by heart."""
         right: dict[bool, list[bool]] = {True: [], False: []}
-        for c, those in enumerate(self.anchors(seen)):
+        for c, those in enumerate(self.anchors(seen, 0)):
             for i in those:
                 right[i in held].append(self.given[i] == c)
+        if len(right[True]) < constants._FEW:
+            return 1.0
         outside, inside = (sum(those) / max(1, len(those)) for those in (right[True], right[False]))
         outside = max(0.0, outside - standard_error(len(right[True]), inside, outside) / 2)
-        return outside / inside if outside < inside else 1.0
+        return min(1.0, outside / max(inside, 1e-12))
 
     def frequent(self) -> dict[int, Tensor]:
         """p̄ of each sample, of classes as frequent as they were given."""
         average = {i: s.pseudo * self.prior.exp() for i, s in self.samples.items() if s.pseudo is not None}
         return {i: mass / mass.sum() for i, mass in average.items()}
 
-    def anchors(self, seen: list[int]) -> list[list[int]]:
-        """Of each predicted class, the surest."""
+    def anchors(self, seen: list[int], least: int) -> list[list[int]]:
+        """Of each predicted class, the surest, so many at least."""
         average = self.frequent()
         anchors: list[list[int]] = []
         for c in range(self.classes):
             those = [i for i in seen if average[i].argmax().item() == c]
             those.sort(key=lambda i: (-self.surest(i, average[i].max().item()), i))
-            enough = max(int(len(those) * constants._ANCHORS), min(len(those), constants._FEW_ANCHORS))
+            enough = max(int(len(those) * constants._ANCHORS), min(len(those), least))
             anchors.append(those[:enough])
         return anchors
 
@@ -460,7 +474,7 @@ class Oracle:
         """By Bayes from the anchors: P(true g | given g), for each g; of classes as frequent as they were given."""
         average = self.frequent()
         size = (sum(average.values()) / len(average)).tolist()
-        anchors = self.anchors(seen)
+        anchors = self.anchors(seen, constants._FEW_ANCHORS)
         everybody = range(self.classes)
         given = [sum(self.given[i] == g for i in seen) / len(seen) for g in everybody]
 
