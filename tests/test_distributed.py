@@ -20,9 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
-from fsr_wrap import FSRWrapper, distributed
+from fsr_wrap import FSRWrapper, distributed, selection
 
 N, BATCH, EPOCHS = 360, 60, 3
+EARLY = {"_VISITS": 1, "_GROWTH": -1.0, "_FEW": 1, "_LARGEST_SHARE": 0.2}  # shares are read after the first epoch
 State = dict[str, Any]
 
 
@@ -114,9 +115,15 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
 
 
 def job(options: State, mlp_head: bool, batches: list[list[Tensor]], sharded: bool | None = None) -> State:
-    model, core, fsr = build(options, mlp_head, sharded=sharded)
-    weights = [step for epoch in batches for step in train(model, fsr, epoch)]
-    return {**outcome(core, fsr), "weights": torch.cat(weights)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({} if options.get("soon", True) else EARLY).items():
+            patch.setattr(selection, name, value)
+        model, core, fsr = build(options, mlp_head, sharded=sharded)
+        weights, shares = [], []
+        for epoch in batches:
+            weights += train(model, fsr, epoch)
+            shares += [fsr._memory.selection.share.clone()] if fsr._memory.selection else []
+    return {**outcome(core, fsr), "weights": torch.cat(weights), "shares": torch.stack(shares or [torch.zeros(1)])}
 
 
 def assert_equal_runs(found: list[State], expected: State) -> None:
@@ -135,7 +142,7 @@ CASES = [
     ({**CLIP, "reward_batch_size": 13, "pusher": "meta_margin", "relabel_storage": 3}, False),
     ({**CLIP, "reward_batch_size": 13, "pusher": "forgetting_event", "relabel_storage": "int8"}, False),
     ({}, False),
-    ({"soon": False, "num_samples": None}, True),
+    ({"soon": False}, True),
     ({"pusher": "meta_margin", "relabel_storage": 3, "label_smoothing": 0.1}, True),
 ]
 RUNS = [(2, 0), (4, 0), (4, 1), (2, 2), (4, 3), (4, 4), (2, 5), (2, 6), (4, 6), (4, 7), (2, 8)]
@@ -150,6 +157,7 @@ def test_equal_on_any_number_of_processes(world: int, case: int) -> None:
     found = run(world, job, options, mlp_head, batches)
     assert expected["epoch"] == EPOCHS
     assert (expected["weights"] == 0).any() or options.get("weight_rule") == "shift"
+    assert options.get("soon", True) or len(expected["shares"].unique(dim=0)) > 1  # they were read again
     assert_equal_runs(found, expected)
 
 
