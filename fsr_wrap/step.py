@@ -252,7 +252,7 @@ class Reweighting:
             label, payload = label[part], tuple(tensor[part] for tensor in payload)
         features = self.head.features(self.intake.replay.features(payload, capture), dtype)
         reward = Reward(features, label, config.label_smoothing, config.reward_batch_size)
-        if not isinstance(features, Tensor):  # a call of the model, see _looked_at
+        if not isinstance(features, Tensor):  # a call of the model
             return reward, None
         if features.device.type == "cpu" and math.isfinite(features.sum().item()):
             return reward, None

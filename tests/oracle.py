@@ -113,7 +113,6 @@ class Oracle:
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.agreement: list[tuple[float, float]] = []
         self.outsides: list[float] = []
-        self.readings = 0  # of shares that were corrected
         self.apart = 0
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
         self.quota = max(1, c.dictionary_size // classes)
@@ -439,7 +438,6 @@ class Oracle:
         looks_right = sum(1 - found[self.given[i]] for i in seen) / len(seen)
         so_far = sum(self.wrong[self.given[i]] for i in seen) / len(seen)
         by_heart = looks_right * (1 - self.still_right(seen, held))
-        self.readings += by_heart > 0
         if so_far:
             found = [now + before / so_far * by_heart for now, before in zip(found, self.wrong, strict=True)]
         self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]

@@ -748,8 +748,7 @@ def test_a_network_to_fine_tune_starts_from_images_that_nothing_else_uses(
         content = {"image": images, "label": labels, "worse_label": labels[::-1]}
         Dataset.from_dict(content, features=features).to_parquet(tmp_path / f"{name}.parquet")
     monkeypatch.setattr(cases, "CLEAN", 20)
-    monkeypatch.setattr(cases, "PRETRAINED_ON", 100)
-    monkeypatch.setattr(cases, "PRETRAINED_FOR", 1)
+    monkeypatch.setattr(cases, "PRETRAINING", replace(cases.PRETRAINING, limit=100, epochs=1))
     used: list[tuple[Tensor, Tensor]] = []
     pretrain = cases.pretrain
 
@@ -775,6 +774,8 @@ def test_a_network_to_fine_tune_starts_from_images_that_nothing_else_uses(
     assert torch.equal(network.state_dict()["conv1.0.weight"], start["conv1.0.weight"])
     assert not torch.equal(network.state_dict()["conv1.0.weight"], fresh.state_dict()["conv1.0.weight"])
     assert compare.train("fsr", replace(case, epochs=1), data, 0, 1)["samples"] == 150
+    make_data(replace(CASES["cifar-finetune-clean"], limit=150), tmp_path, 0, 0)
+    assert len(used) == 1  # other labels, the same start
 
 
 def test_the_small_network_is_the_size_it_says() -> None:

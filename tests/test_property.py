@@ -375,7 +375,6 @@ class Training(RuleBasedStateMachine):
         names = {selection.HELD: "held out", selection.WRONG: "taken for wrong"}
         codes = {i: names[code] for i, code in enumerate(known.code[:-1].tolist()) if code in names}
         assert codes == {i: code for i, code in oracle.codes.items() if i < len(known.code) - 1}
-        DONE["corrected"] += oracle.readings
         DONE["found out"] += known.active and not oracle.told
         DONE["taken for wrong"] += "taken for wrong" in codes.values()
 

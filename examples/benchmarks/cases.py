@@ -15,8 +15,8 @@ of those that a network to fine-tune was trained on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,8 +34,7 @@ from common import long_tail_counts
 from networks import make_network
 from noisy_fashion_mnist import make_model, read_images
 
-CLEAN = 1000
-PRETRAINED_ON, PRETRAINED_FOR, PRETRAINING_LR = 20_000, 8, 0.05  # images, epochs
+BATCH_SIZE, CLEAN = 100, 1000
 
 # Each class to one that looks like it: T-shirt → shirt → coat → pullover → dress → T-shirt, sandal → sneaker → ankle
 # boot → sandal, trouser → dress, bag → ankle boot.
@@ -61,6 +60,9 @@ class Case:
     lr: float = 0.05
     augment: str = "none"
     pretrained: bool = False
+
+
+PRETRAINING = Case("before fine-tuning", "cifar", network="test_resnet", epochs=8, augment="flip")
 
 
 @dataclass(frozen=True)
@@ -156,15 +158,22 @@ def make_case_network(case: Case, classes: int = 10, start: dict[str, Tensor] | 
     return network.to(memory_format=torch.channels_last)
 
 
+def make_recipe(
+    case: Case, parameters: Iterable[nn.Parameter], steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """SGD with momentum, and one cycle of so many steps."""
+    sgd = torch.optim.SGD(parameters, lr=case.lr, momentum=0.9, weight_decay=5e-4)
+    return sgd, OneCycleLR(sgd, case.lr, total_steps=max(steps, 2))
+
+
 def pretrain(case: Case, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """The state of a network after plain training on these images, without its head. Leaves the random stream alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network, augmented = make_case_network(case), get_transforms(case)[0]
-        sgd = torch.optim.SGD(network.parameters(), PRETRAINING_LR, momentum=0.9, weight_decay=5e-4)
-        steps = len(labels) // 100
-        schedule = OneCycleLR(sgd, PRETRAINING_LR, total_steps=max(2, PRETRAINED_FOR * steps))
-        for _ in range(PRETRAINED_FOR):
+        steps = len(labels) // BATCH_SIZE
+        sgd, schedule = make_recipe(case, network.parameters(), case.epochs * steps)
+        for _ in range(case.epochs):
             for index in torch.randperm(len(labels)).tensor_split(steps):
                 F.cross_entropy(network(augmented(images[index])), labels[index]).backward()
                 sgd.step()
@@ -240,14 +249,14 @@ def make_data(case: Case, folder: Path | None, split: int, seed: int) -> Data:
         kind, _, value = case.noise.partition(":")
         given = torch.tensor(train[value][:])[chosen] if kind == "column" else given
         parts = [cifar.decode(train.select(chosen), 32), cifar.decode(train.select(clean), 32), test_images]
-    start = find_start(replace(case, noise="none"), folder, split) if case.pretrained else None
+    start = find_start(folder, split, case.limit + CLEAN) if case.pretrained and folder else None
     return Data(parts[0], given, right, parts[1], labels[clean], parts[2], test_labels, start)
 
 
 @cache
-def find_start(case: Case, folder: Path, split: int) -> dict[str, Tensor]:
-    """What a network to fine-tune starts from: `pretrain` on images of the split that nothing else uses."""
+def find_start(folder: Path, split: int, used: int) -> dict[str, Tensor]:
+    """What a network to fine-tune starts from: `pretrain` on images of the split that come after those in use."""
     train = read_cifar(folder)[0]
-    order = np.random.default_rng(split).permutation(len(train))[case.limit + CLEAN :][:PRETRAINED_ON]
+    order = np.random.default_rng(split).permutation(len(train))[used:][: PRETRAINING.limit]
     rows = train.select(order)
-    return pretrain(case, cifar.decode(rows, 32), torch.tensor(rows["label"][:]), split)
+    return pretrain(PRETRAINING, cifar.decode(rows, 32), torch.tensor(rows["label"][:]), split)

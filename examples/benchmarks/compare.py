@@ -26,23 +26,23 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
+from cases import BATCH_SIZE, CASES, Case, Data, get_transforms, make_case_network, make_data, make_recipe
 from common import shot_accuracy
 from figures import pyplot
 from methods import METHODS, Method, Task, make_method
 from methods.fsr import FSR
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-BATCH_SIZE, TIMED_EVERY = 100, 10
+TIMED_EVERY = 10
 MANY_SHOT, FEW_SHOT = 500, 100
 
 Run = dict[str, Any]
@@ -54,11 +54,6 @@ Run = dict[str, Any]
 def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
     """What the methods may know; the network is made from the global random stream."""
     augmented, plain = get_transforms(case)
-
-    def recipe(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        sgd = torch.optim.SGD(parameters, lr=case.lr, momentum=0.9, weight_decay=5e-4)
-        return sgd, OneCycleLR(sgd, case.lr, total_steps=max(steps, 2))
-
     return Task(
         model=make_case_network(case, start=data.start),
         labels=data.given,
@@ -68,7 +63,7 @@ def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
         inputs=lambda index: plain(data.images[index]),
         augmented=lambda index: augmented(data.images[index]),
         make_model=lambda: make_case_network(case, start=data.start),
-        recipe=recipe,
+        recipe=partial(make_recipe, case),
         clean=(plain(data.clean_images), data.clean_labels),
         noise_rate=data.wrong,
         seed=seed,

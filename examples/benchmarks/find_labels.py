@@ -33,10 +33,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, Data, get_transforms, make_case_network, make_data
-from compare import BATCH_SIZE, claim, load, pack, write
+from cases import BATCH_SIZE, CASES, Case, Data, get_transforms, make_case_network, make_data, make_recipe
+from compare import claim, load, pack, write
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -76,9 +75,8 @@ class Trained:
         self.fsr: FSRWrapper | None = None
         self.margins = torch.zeros(len(data.given))
         self.events, self.learned = torch.zeros(len(data.given)), torch.zeros(len(data.given), dtype=torch.bool)
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=case.lr, momentum=0.9, weight_decay=5e-4)
         steps = max(1, len(chosen) // BATCH_SIZE)
-        schedule = OneCycleLR(optimizer, case.lr, total_steps=epochs * steps)
+        optimizer, schedule = make_recipe(case, self.model.parameters(), epochs * steps)
         if with_fsr:
             self.fsr = FSRWrapper(self.model, optimizer, num_samples=len(data.given), seed=seed)
         augmented = get_transforms(case)[0]
