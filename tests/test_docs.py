@@ -120,6 +120,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         ("compare_best", "compare", "best"),
         ("cifar", "cifar", "last"),
         ("no_harm", "no_harm", "last"),
+        ("few", "few", "last"),
     ],
 )
 def test_a_table_of_methods_is_that_of_the_committed_runs(table: str, runs: str, value: str) -> None:
@@ -129,8 +130,9 @@ def test_a_table_of_methods_is_that_of_the_committed_runs(table: str, runs: str,
     assert compare.table(found, value) == (results / f"{table}.md").read_text().rstrip()
 
 
-def test_where_no_harm_is_claimed_both_methods_ran_in_pairs() -> None:
-    runs = json.loads((ROOT / "docs" / "results" / "no_harm.json").read_text())
+@pytest.mark.parametrize("name", ["no_harm", "few"])
+def test_where_no_harm_is_claimed_both_methods_ran_in_pairs(name: str) -> None:
+    runs = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     pairs = Counter((run["case"], run["split"], run["seed"]) for run in runs)
     assert set(pairs.values()) == {2}
     assert {run["method"] for run in runs} == {"ce", "fsr"}

@@ -1,7 +1,7 @@
 """The cases of `compare.py`: which images, which wrong labels or long tail, which network and recipe.
 
-Fashion-MNIST: 20,000 images, the MLP and recipe of `noisy_fashion_mnist.py`. CIFAR-10 and CIFAR-10N: 10,000 images
-(20,000 before a long tail is cut from them), b = 100, one-cycle, two networks:
+Fashion-MNIST: 20,000 images (`few300` and `few1000`: so many), the MLP and recipe of `noisy_fashion_mnist.py`. CIFAR-10
+and CIFAR-10N: 10,000 images (20,000 before a long tail is cut from them), b = 100, one-cycle, two networks:
 
 - `small`: a stem of 16 channels at stride 2 and residual blocks of 32 and 64, about 80,000 parameters, too few to learn
   wrong labels by heart; SGD 0.1, flips and shifts;
@@ -99,6 +99,10 @@ def make_cases() -> dict[str, Case]:
         "tail50-uniform40": ("imbalance 50 + uniform 40 %", "uniform:0.4", 50),
     }
     cases = {f"fashion-{key}": Case(f"Fashion-MNIST, {t}", "fashion", noise, r) for key, (t, noise, r) in kinds.items()}
+    for few in (300, 1000):
+        for key in ("clean", "uniform20", "uniform40"):
+            title = f"Fashion-MNIST, {few:,} images, {kinds[key][0]}"
+            cases[f"few{few}-{key}"] = Case(title, "fashion", kinds[key][1], limit=few)
     networks: dict[str, dict[str, Any]] = {
         "small": {"network": "small", "lr": 0.1, "augment": "crop"},
         "resnet": {"network": "test_resnet", "lr": 0.05, "augment": "flip"},
