@@ -304,8 +304,9 @@ def plot(runs: dict[tuple[str, str], list[Run]], path: Path) -> None:
         panel.annotate(title, (right + 0.08, place), va="center", fontsize=10, color=color)
     panel.set(xlabel="training time (cross-entropy = 1)", ylabel="test accuracy, mean of the cases")
     panel.margins(y=0.1)
-    panel.set_xticks([tick for tick in panel.get_xticks() if tick < right + 0.1])  # none below the names
-    panel.set_xlim(right=right + 0.5 * (right - min((x for _, x, _ in points), default=0.0)))
+    left, _ = panel.get_xlim()
+    panel.set_xticks([tick for tick in panel.get_xticks() if left <= tick < right + 0.1])  # none below the names
+    panel.set_xlim(right=right + 0.5 * (right - left))
     panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
