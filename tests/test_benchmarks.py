@@ -127,3 +127,29 @@ def test_threshold_samples_are_judged_by_the_other_training(monkeypatch: pytest.
     assert not set(told[0].tolist()) & set(told[1].tolist())
     assert found["flagged_to_wrong"] == found["precision"] == found["recall"] == 1
     assert data.given.max() == 1
+
+
+def test_tables_of_runs() -> None:
+    import compare
+
+    def run(case: str, method: str, seed: int, last: float) -> dict[str, Any]:
+        told = {"title": method.upper(), "split": 0, "cost": 1.0 + 0.1 * seed, "step": 2.0}
+        return {"case": case, "method": method, "seed": seed, "last": last, **told}
+
+    clean, noisy = "fashion-clean", "fashion-uniform40"
+    runs = {
+        (clean, "ce"): [run(clean, "ce", 0, 0.88), run(clean, "ce", 1, 0.90)],
+        (clean, "fsr"): [run(clean, "fsr", 1, 0.92), run(clean, "fsr", 0, 0.89), run(clean, "fsr", 2, 0.5)],
+        (noisy, "ce"): [run(noisy, "ce", 0, 0.7)],
+    }
+    assert compare.table(runs, "last").split("\n") == [
+        "| method | mean | cost (CE = 1) | a step | clean | uniform 40 % |",
+        "|---|---|---|---|---|---|",
+        "| CE | 0.795 | 1.00 | 2.00 | 0.890 ± 0.014 | 0.700 |",
+        "| FSR |  | 1.10 | 2.00 | 0.770 ± 0.234 |  |",
+    ]
+    assert compare.gains(runs).split("\n") == [
+        "| case | pairs | FSR − cross-entropy |",
+        "|---|---|---|",
+        "| Fashion-MNIST, clean | 2 | +1.50 ± 0.50 |",  # the third has no other
+    ]
