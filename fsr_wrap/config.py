@@ -43,7 +43,7 @@ class FSRConfig:
     **What to look at first:**
 
     - `weight_rule`: how samples are weighed. `"select"`, the default: training is plain until the network begins to
-        learn labels by heart, and then the labels that are likely wrong count no more (see the docs). The paper's rules
+        learn labels by heart, and then each counts as far as it is likely right (see the docs). The paper's rules
         need the reward data: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) +
         1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
     - `class_balance`: τ, the loss is that of the logits + τ log(share of the class) (Menon et al., ICLR 2021; 1 is the

@@ -28,18 +28,27 @@ class History:
     def __init__(self, device: torch.device | str) -> None:
         self.epochs: list[Epoch] = []
         self.samples = 0  # of the present epoch, over all processes
-        # Of them: loss, reward loss, weights that are 0, Σu and Σu², where u is ω in units of 1/b.
+        # Of them: loss, reward loss, missing weights, Σu and Σu², where u is ω in units of 1/b.
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=device)  # known to all processes
         self._mine = torch.zeros_like(self.sums)  # to this one alone
 
-    def add(self, weights: Tensor, losses: Tensor, reward_loss: Tensor, size: Tensor, *, known: bool = False) -> None:
+    def add(
+        self,
+        weights: Tensor,
+        losses: Tensor,
+        reward_loss: Tensor,
+        size: Tensor,
+        missing: Tensor,
+        *,
+        known: bool = False,
+    ) -> None:
         """Adds up several steps.
 
-        **Arguments:** `weights` and `losses` (k, b), `reward_loss` (k,), `size` (k,), b over all processes;
-        `known`, whether all processes add the same.
+        **Arguments:** `weights` and `losses` (k, b), `reward_loss` (k,), `size` (k,), b over all processes; `missing`
+        (k, b), which part of each weight is; `known`, whether all processes add the same.
         """
         units = weights * size[:, None]
-        values = units * losses, reward_loss * size, weights <= 0, units, units.square()
+        values = units * losses, reward_loss * size, missing, units, units.square()
         sums = torch.stack([value.sum(dtype=torch.float64) for value in values])
         if known or world_size() == 1:
             self.sums += sums

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .memory import Memory
 from .opinions import Opinion, averaged_probabilities, gather_opinion, known_rows, true_prior
-from .selection import WRONG, rank_within
+from .selection import WRONG
+from .shares import rank_within
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -119,7 +120,7 @@ _TOO_MUCH = 0.03  # by how much it agrees with more labels than are right, if so
 _SPARED, _FEW = 0.1, 5  # of each class, the share and the number that is never flagged
 
 
-def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float = 0.0) -> Tensor:
+def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float = 0.0, judged: bool = False) -> Tensor:
     """Which labels look wrong, (N,) bool, about as many as are.
 
     A network doubts wrong labels, and right ones that are hard for it; of the former it is confident more often. So
@@ -128,15 +129,16 @@ def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float
     never the best of a class.
 
     **Arguments:** `early`, the share of wrong labels that was estimated before anything was learned by heart; it counts
-    in place of fewer doubts as far as they are those of a network that learned by heart, `by_heart` in [0, 1].
+    in place of fewer doubts as far as they are those of a network that learned by heart, `by_heart` in [0, 1];
+    `judged`, whether training took as many for wrong: doubts and share then err either way, and count alike at least.
     """
     seen = given >= 0
     doubted, confident = (int(one.sum()) for one in (evidence.doubted, evidence.confident & evidence.doubted))
     part = confident / max(1, doubted)
     telling, sure, found = _ramp(part, _GUESSES, _TELLING), _ramp(part, _MOSTLY, _SURE), (1 - _OWN) * part
     now = doubted * telling * (found + (1 - found) * sure)
-    before = int(seen.sum()) * early**2 / (early + _EARLY)
-    number = round(now + by_heart * max(0.0, before - now))
+    more = int(seen.sum()) * (early if judged else early**2 / (early + _EARLY)) - now
+    number = round(now + (max(by_heart, 0.5) * more if judged else by_heart * max(0.0, more)))
     flagged = lowest(evidence.quality + (~evidence.doubted).float(), number)
     size = torch.bincount(given[seen])
     spared = torch.maximum((size * _SPARED).long(), size.clamp(max=_FEW))
@@ -144,20 +146,21 @@ def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float
     return flagged
 
 
-def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float]:
-    """The share of wrong labels by the selection's own estimate, and how far the network has learned them by heart."""
+def early_estimate(memory: Memory, given: Tensor) -> tuple[float, float, bool]:
+    """The share of wrong labels by the selection's own estimate, how far the network has learned them by heart, and
+    whether labels are judged."""
     selection = memory.selection
     if selection is None or not selection.estimated:
-        return 0.0, 0.0
+        return 0.0, 0.0, False
     share = float(selection.share[given[given >= 0]].double().mean())
     agreement, outside = selection.agreement[-1] if selection.agreement else (0.0, 0.0)
     # It agrees with more labels than there are right ones.
     too_much = _ramp(agreement + share - 1, 0, _TOO_MUCH)
     if not selection.active:
-        return share, max(too_much, _ramp(agreement - outside, *_BY_HEART))
+        return share, max(too_much, _ramp(agreement - outside, *_BY_HEART)), False
     judged = memory.counted_visits()[1].cpu()[: len(given)][selection.code[:-1].cpu()[: len(given)] == WRONG]
     remembered = 1 - _ramp(float(judged.float().mean()) if len(judged) else 0.0, 0, _FORGOTTEN)
-    return share, float(remembered ** (2 - too_much))
+    return share, float(remembered ** (2 - too_much)), True
 
 
 def _ramp(value: float, low: float, high: float) -> float:

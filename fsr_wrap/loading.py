@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,15 +100,25 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(isinstance(state["pull"], float) and 0 <= state["pull"] <= 1, "selection/pull", state["pull"])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
-    best = state.get("best", 0.0)  # not in checkpoints of earlier versions
-    _need(isinstance(best, float) and 0 <= best <= 1, "selection/best", best)
     agreement = state["agreement"]
     good = len(agreement) <= 2 and all(
         len(pair) == 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in pair) for pair in agreement
     )
     _need(good, "selection/agreement", agreement)
-    share = _tensor(state, "share", torch.float32, (classes,))
-    _need(bool(((share >= 0) & (share <= 1)).all()), "selection/share", "no shares")
+    if "first" in state:  # not in checkpoints of earlier versions
+        growth = state["growth"]
+        good = len(growth) <= 2 and all(isinstance(one, float) and math.isfinite(one) for one in growth)
+        _need(good, "selection/growth", growth)
+        readings = state["readings"]
+        numbers = [one for pair in readings for one in pair]
+        good = all(len(pair) == 2 for pair in readings) and all(isinstance(one, float) for one in numbers)
+        _need(good and all(map(math.isfinite, numbers)), "selection/readings", readings)
+        first = _tensor(state, "first", torch.float32, (rows,))
+        _need(not bool((first > 0).any() | first.isinf().any()), "selection/first", "no logarithms of probabilities")
+    for name, length in (("share", classes), ("weight", rows)):
+        if name != "weight" or name in state:  # not in checkpoints of earlier versions
+            values = _tensor(state, name, torch.float32, (length,))
+            _need(bool(((values >= 0) & (values <= 1)).all()), f"selection/{name}", "values outside [0, 1]")
     _need(_within(_tensor(state, "code", torch.uint8, (rows,)), 0, 3), "selection/code", "no such code")
 
 

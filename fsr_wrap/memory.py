@@ -129,7 +129,8 @@ class Memory:
         config, pseudo, selection = self.config, None, None
         if config.selects:
             known = self.num_samples is not None
-            selection = Selection(rows, num_classes, known=known, seed=config.seed, device=device)
+            log_odds = config.get_pusher().log_odds
+            selection = Selection(rows, num_classes, known=known, seed=config.seed, device=device, log_odds=log_odds)
         if config.selects or config.relabel_weight > 0:
             pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_storage, device=device)
         learned = config.selects or config.get_pusher().needs_learned
@@ -271,10 +272,12 @@ class Memory:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
             size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
             largest = weights.amax(1)
+            # Labels that are judged keep a part of their weight: what is missing adds up.
+            missing = (1 - weights * size[:, None]).clamp(min=0) if self.config.selects else weights <= 0
             values = (
                 world_size() * (weights * losses).sum(1),
                 world_size() * reward_loss,
-                (weights <= 0).to(losses.dtype).mean(1),
+                missing.to(losses.dtype).mean(1),
                 effective_sample_size(weights),
                 largest * size,
                 largest <= 0,
@@ -282,7 +285,7 @@ class Memory:
                 skipped_reward,
             )
             self.sums += torch.stack([value.to(self.sums.dtype).sum() for value in values])
-            self.history.add(weights, losses, reward_loss, size, known=known)
+            self.history.add(weights, losses, reward_loss, size, missing, known=known)
             self._uncounted, self._sizes = [], []
         return self.sums
 

@@ -42,10 +42,15 @@ class Visit:
 
 @dataclass(frozen=True)
 class Pusher(ABC):
-    """A valuation function: high where a sample would make good reward data (Eq. 4 takes the highest)."""
+    """A valuation function: high where a sample would make good reward data (Eq. 4 takes the highest).
+
+    `log_odds` says whether P is a logarithm of odds, or of a probability. Under `weight_rule="select"` a label then
+    counts with the probability that it is right; by any other P it counts fully or not at all.
+    """
 
     needs_lookahead: ClassVar[bool] = False
     needs_learned: ClassVar[bool] = False
+    log_odds: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, visit: Visit) -> Tensor:
@@ -81,6 +86,8 @@ class AuthorsMargin(Pusher):
 class NegativeLoss(Pusher):
     """P = −L(f(x; Θ_t), y): the samples the model agrees with."""
 
+    log_odds: ClassVar[bool] = True
+
     def __call__(self, visit: Visit) -> Tensor:
         return -cross_entropy(visit.logits, visit.label)
 
@@ -88,6 +95,8 @@ class NegativeLoss(Pusher):
 @dataclass(frozen=True)
 class AreaUnderMargin(Pusher):
     """The logit of the label minus the largest other logit (Pleiss et al., NeurIPS 2020); P̂ averages it over visits."""
+
+    log_odds: ClassVar[bool] = True
 
     def __call__(self, visit: Visit) -> Tensor:
         label = visit.label[:, None]

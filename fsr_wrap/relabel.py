@@ -189,6 +189,17 @@ class PseudoLabels:
             part = {name: column[where] for name, column in self.columns.items()}
             yield where, self.storage.decode(part, self.num_classes, torch.float32)[0]
 
+    def own(self, label: Tensor) -> Tensor:
+        """The averaged probability of a class of each sample, (N,) on the host; 0 where it was never seen.
+
+        **Arguments:** `label` (N,) int64, on the host; −1 where there is none, which takes another class's.
+        """
+        own = []
+        for where, values in self.parts():
+            label_of = label[where, None].clamp(min=0).to(values.device)
+            own.append(distribution(values).gather(1, label_of)[:, 0].cpu())
+        return torch.cat(own)
+
     def surest(self, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
 

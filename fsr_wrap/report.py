@@ -17,7 +17,7 @@ from .cleaning import indices_of
 from .data import check_map_style
 from .issues import check_class_names, label_issues_from_memory
 from .memory import Memory
-from .selection import rank_within
+from .shares import rank_within
 
 PAGE_NAME, TABLE_NAME = "index.html", "label_issues.csv"
 _ROWS = 50_000  # flagged labels that the page itself lists
@@ -175,7 +175,8 @@ class _Page:
         losses = {"loss": "training loss"} | ({} if self._memory.config.selects else {"reward_loss": "reward loss"})
         agreement = {"agreement": "labels trained on", "held_out_agreement": "labels held out"}
         agreement |= {"dictionary_agreement": "labels of the reward data"}
-        weights = {"zero_weight_ratio": "samples of no weight", "effective_share": "effective sample size"}
+        taken = "weight taken away" if self._memory.config.selects else "samples of no weight"
+        weights = {"zero_weight_ratio": taken, "effective_share": "effective sample size"}
         weights |= {"wrong_share": "wrong labels, estimated"}
         if history:
             drawn += [

@@ -20,7 +20,6 @@ from .heads import Batch, GradientStep, Head, KernelStep, MetaStep, Reward, meta
 from .intake import Accepted, Intake, masked
 from .memory import Memory
 from .pushers import Pusher, Visit
-from .selection import WRONG
 
 
 @dataclass
@@ -220,7 +219,7 @@ class Reweighting:
         return _Decision(weights, _blended(seen.at_head, weights, blend), size)
 
     def _select(self, batch: Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor) -> _Decision:
-        """The batch's targets where labels are judged: those believed, and what the network thought of the others."""
+        """The batch's targets where labels are judged: what is missing of their weights goes to the average so far."""
         store, selection, mix = self.memory.pseudo, self.memory.selection, batch.mix
         assert store is not None
         assert selection is not None
@@ -231,7 +230,7 @@ class Reweighting:
             return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(seen.stored)), size)
         # K values say nothing of what is shut; and what came before in this epoch may be known to another process only.
         average = functional.distribution(seen.stored * (seen.is_open & (row >= 0)[:, None]))
-        share = (selection.code[seen.index] == WRONG).to(weights.dtype) / sums.sum().clamp(min=1)
+        share = (1 - selection.weight[seen.index].to(weights.dtype)) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
         pull = selection.pull * self.config.relabel_weight
         return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)

@@ -279,10 +279,10 @@ class FSRWrapper(Optimizer):
         In several processes each reports its own part of the batches.
 
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
-        (0 in warm-up), `fsr/zero_weight_ratio` (should come near the share of wrong labels),
-        `fsr/effective_sample_size` ((Σω)²/Σω² of a batch), `fsr/max_weight` (the largest ω times b); sums:
-        `fsr/all_zero_batches`, `fsr/skipped_samples`, `fsr/skipped_reward_samples` (NaN or infinite); and as they
-        stand: `fsr/epoch`, `fsr/reweighting`,
+        (0 in warm-up), `fsr/zero_weight_ratio` (the share of samples of weight 0, under `"select"` of the weight that
+        is taken away; should come near the share of wrong labels), `fsr/effective_sample_size` ((Σω)²/Σω² of a batch),
+        `fsr/max_weight` (the largest ω times b); sums: `fsr/all_zero_batches`, `fsr/skipped_samples`,
+        `fsr/skipped_reward_samples` (NaN or infinite); and as they stand: `fsr/epoch`, `fsr/reweighting`,
         `fsr/dictionary_size`.
         Empty before the first `loss()`.
         """
@@ -305,8 +305,8 @@ class FSRWrapper(Optimizer):
         """How training went, an entry for each epoch that ended; kept in the state, the same in all processes.
 
         Of the epoch, over all processes: `epoch` (from 0), `samples`, `loss` (the weighted loss), `reward_loss` (0
-        where there is no reward data), `zero_weight_ratio` (the share of samples of weight 0), `effective_share` (the
-        effective sample size (Σω)²/Σω², as a share of the samples), `reweighting` (whether samples were re-weighted or
+        where there is no reward data), `zero_weight_ratio` (as `metrics` has it), `effective_share` (the effective
+        sample size (Σω)²/Σω², as a share of the samples), `reweighting` (whether samples were re-weighted or
         labels taken for wrong). As it ended, and None where it is not known: under `weight_rule="select"`
         `agreement` and `held_out_agreement` (how often the network agreed with the labels that it trained on, and with
         those held out, which are trained on once labels are judged) and `wrong_share` (the estimated share of wrong
@@ -335,8 +335,8 @@ class FSRWrapper(Optimizer):
             epochs; under the paper's rules with `relabel_weight=0` they are not kept.
         - `given_name` and `predicted_name`, where the classes have names.
         - `score`: P̂, see [`scores`][fsr_wrap.FSRWrapper.scores]. `visits`: epochs in which the sample was seen.
-        - `zero_weight`: under `"select"` the share of these in which the label was not trained on, as it was held out
-            or taken for wrong; else NaN.
+        - `zero_weight`: under `"select"` the share of these in which the label was held out or taken for wrong; else
+            NaN.
 
         A sample that was never seen is no issue, and has NaN or <NA>.
 

@@ -7,6 +7,7 @@ library's numbers it takes the draws of reward samples and of samples held out, 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
+from fsr_wrap import shares as estimates  # its numbers too
 
 Params = dict[str, Tensor]
 TRAINED, HELD, WRONG = "trained on", "held out", "taken for wrong"
@@ -35,11 +37,6 @@ def head(p: Params, h: Tensor) -> Tensor:
         return z @ p["head.2.weight"].T + p["head.2.bias"]
     z = h @ p["head.weight"].flatten(1).T
     return z + p["head.bias"] if "head.bias" in p else z
-
-
-def standard_error(number: int, *shares: float) -> float:
-    """√(p (1 − p) / n), with the p that makes it largest, or 0.01."""
-    return max(math.sqrt(p * (1 - p) / max(1, number)) for p in (0.01, *shares))
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -111,10 +108,13 @@ class Oracle:
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
-        self.agreement: list[tuple[float, float]] = []
-        self.outsides: list[float] = []
+        self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
+        self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
         self.apart = 0
+        self.readings: list[tuple[float, float]] = []  # by how much the labels trained on were ahead; the share read
+        self.right: dict[int, float] = {}  # how likely each label is right, once they are judged
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
+        self.own: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
         self.quota = max(1, c.dictionary_size // classes)
         self.epoch = self.consumed = self.age = 0
         self.samples: dict[int, Sample] = {}
@@ -126,6 +126,11 @@ class Oracle:
         )  # log-probability that a place in a class was not drawn for so long
         self.known: tuple[Params, float] = ({}, 0.0)  # G and the reward loss, where they serve several steps
         self.steps: list[dict[str, float]] = []
+
+    @property
+    def log_odds(self) -> bool:
+        """Whether P̂ is a logarithm of odds; of others the order alone counts."""
+        return self.c.pusher_name in ("area_under_margin", "negative_loss")
 
     @property
     def selects(self) -> bool:
@@ -198,7 +203,7 @@ class Oracle:
             {
                 "loss": sum(weights[i].item() * losses[i].item() for i in rows),
                 "reward_loss": reward_loss,
-                "zero_weight_ratio": sum(w <= 0 for w in weights.tolist()) / b,
+                "zero_weight_ratio": sum(max(0, 1 - w * b) if self.selects else w <= 0 for w in weights.tolist()) / b,
                 "effective_sample_size": weights.sum().item() ** 2 / square if square else 0.0,
                 "max_weight": weights.max().item() * b,
                 "all_zero_batches": float(weights.max().item() <= 0),
@@ -378,13 +383,12 @@ class Oracle:
             again = sample.epoch == self.epoch or batch.index[i] in met  # once an epoch
             met.add(batch.index[i])
             p = None if again else sample.pseudo
-            if codes[i] == TRAINED:
-                weights[i] = 1 / part
-                wanted[i] += target[i] / part
+            right = self.right.get(batch.index[i], 1.0) if self.judging else float(codes[i] == TRAINED)
+            weights[i] = right / part
+            wanted[i] += target[i] * right / part
             if self.judging and p is not None and i not in batch.hidden:
                 average[i] = p / p.sum()
-                if codes[i] == WRONG:
-                    wanted[i] += p**2 / (p**2).sum() / part
+                wanted[i] += p**2 / (p**2).sum() * (1 - right) / part
         if batch.clean is not None:
             pairs = list(enumerate(zip(batch.partner, batch.share, strict=True)))
             wanted = torch.stack([m * wanted[i] + (1 - m) * wanted[j] for i, (j, m) in pairs])
@@ -397,76 +401,69 @@ class Oracle:
             self.watch()
             enough = self.epoch >= self.c.warmup_epochs
             self.judging = self.apart >= 2 and self.estimated and enough
+            if self.judging:
+                self.look_back()
         if self.judging:
             self.judge()
 
     def watch(self) -> None:
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]
         held = [i for i in seen if self.codes.get(i) == HELD]
-        inside, outside = (
-            sum(self.samples[i].last_right for i in those) / max(1, len(those))
-            for those in ([i for i in seen if i not in held], held)
-        )
-        gap, error = inside - outside, standard_error(len(held), inside, outside)
-        rises = learns = False
-        best = max([0.0, *self.outsides])
-        if len(self.agreement) == 2:
-            before, before_outside = self.agreement[0]
-            gain, gain_outside = inside - before, outside - before_outside
-            learns = gain > constants._GROWTH and outside > best - error
-            rises = gain_outside > 0 and gain_outside > gain / 2
-        self.agreement = [*self.agreement, (inside, outside)][-2:]
-        if len(held) < constants._FEW:
-            self.apart, learns = 0, False
-        else:
-            self.outsides.append(outside)
-            stalls = not rises or outside <= best
-            self.apart += 1
-            if not stalls or gap <= constants._GAP or gap <= constants._ERRORS * error:
-                self.apart = 0
+        learns, ahead = self.grows_apart(seen, held) if self.epoch >= constants._START else (False, 0.0)
         known = [i for i in seen if self.samples[i].pseudo is not None]
         if self.epoch >= constants._VISITS and known:
+            found = self.wrong_shares(known)
             if not self.estimated:
-                self.wrong = self.wrong_shares(known)
+                self.wrong = found
             elif learns:
-                self.read_again(known, held)
+                self.wrong, self.readings = [min(pair) for pair in zip(self.wrong, found, strict=True)], []
             self.estimated = True
+            self.readings.append((ahead, statistics.fmean(found[g] for g in self.given.values())))
 
-    def read_again(self, seen: list[int], held: list[int]) -> None:
-        """The lowest share counts; right labels that are known by heart alone are wrong where labels were."""
-        found = self.wrong_shares(seen)
-        looks_right = sum(1 - found[self.given[i]] for i in seen) / len(seen)
-        so_far = sum(self.wrong[self.given[i]] for i in seen) / len(seen)
-        by_heart = looks_right * (1 - self.still_right(seen, held))
-        if so_far:
-            found = [now + before / so_far * by_heart for now, before in zip(found, self.wrong, strict=True)]
-        self.wrong = [min(pair) for pair in zip(self.wrong, found, strict=True)]
+    def look_back(self) -> None:
+        """Halfway from the shares that were read to what the later readings say of a time when nothing was known."""
+        x, y = ([pair[k] for pair in self.readings] for k in (0, 1))
+        now = statistics.fmean(self.wrong[g] for g in self.given.values())
+        if now and len(set(x)) >= constants._LINE:
+            off = [one - statistics.fmean(x) for one in x]
+            slope = sum(a * b for a, b in zip(off, y, strict=True)) / sum(a * a for a in off)
+            before = statistics.fmean(y) - slope * statistics.fmean(x)
+            self.wrong = [min(1.0, share * (now + max(now, before)) / (2 * now)) for share in self.wrong]
 
-    def still_right(self, seen: list[int], held: list[int]) -> float:
-        """The part of the anchors' labels that look right, and look so where nobody could learn them by heart."""
-        right: dict[bool, list[bool]] = {True: [], False: []}
-        for c, those in enumerate(self.anchors(seen, 0)):
-            for i in those:
-                right[i in held].append(self.given[i] == c)
-        if len(right[True]) < constants._FEW:
-            return 1.0
-        outside, inside = (sum(those) / max(1, len(those)) for those in (right[True], right[False]))
-        outside = max(0.0, outside - standard_error(len(right[True]), inside, outside) / 2)
-        return min(1.0, outside / max(inside, 1e-12))
+    def grows_apart(self, seen: list[int], held: list[int]) -> tuple[bool, float]:
+        """Counts the epochs in which the labels trained on alone became likelier; whether the others still do, and by
+        how much the former are ahead."""
+        growth = {}
+        for i in seen:
+            p, label = self.samples[i].pseudo, self.given[i]
+            own = 0.0 if p is None else self.own(i, float(p[label] / p.sum()))
+            log = math.log(max(own, constants._LEAST_LIKELY))
+            growth[i] = log - self.first.setdefault(i, float(torch.tensor(log, dtype=torch.float32)))
+        inside, outside = ([growth[i] for i in seen if (i in held) == here] for here in (False, True))
+        self.apart, before = 0, self.apart
+        if min(len(inside), len(outside)) < constants._FEW:
+            return False, 0.0
+        mean, error = statistics.fmean(outside), statistics.stdev(inside) / math.sqrt(len(outside))
+        rise = mean - self.outsides[-2:][0] if self.outsides else 0.0
+        self.outsides.append(mean)
+        gap = statistics.fmean(inside) - mean
+        if gap > max(constants._GAP, constants._JUDGE * error) + max(0, rise):
+            self.apart = before + 1
+        return rise > constants._GROWTH and gap <= constants._READ * error, gap
 
     def frequent(self) -> dict[int, Tensor]:
         """p̄ of each sample, of classes as frequent as they were given."""
         average = {i: s.pseudo * self.prior.exp() for i, s in self.samples.items() if s.pseudo is not None}
         return {i: mass / mass.sum() for i, mass in average.items()}
 
-    def anchors(self, seen: list[int], least: int) -> list[list[int]]:
-        """Of each predicted class, the surest, so many at least."""
+    def anchors(self, seen: list[int]) -> list[list[int]]:
+        """Of each predicted class, the surest."""
         average = self.frequent()
         anchors: list[list[int]] = []
         for c in range(self.classes):
             those = [i for i in seen if average[i].argmax().item() == c]
             those.sort(key=lambda i: (-self.surest(i, average[i].max().item()), i))
-            enough = max(int(len(those) * constants._ANCHORS), min(len(those), least))
+            enough = max(int(len(those) * estimates._ANCHORS), min(len(those), estimates._FEW_ANCHORS))
             anchors.append(those[:enough])
         return anchors
 
@@ -474,7 +471,7 @@ class Oracle:
         """By Bayes from the anchors: P(true g | given g), for each g; of classes as frequent as they were given."""
         average = self.frequent()
         size = (sum(average.values()) / len(average)).tolist()
-        anchors = self.anchors(seen, constants._FEW_ANCHORS)
+        anchors = self.anchors(seen)
         everybody = range(self.classes)
         given = [sum(self.given[i] == g for i in seen) / len(seen) for g in everybody]
 
@@ -486,14 +483,14 @@ class Oracle:
         def mass(g: int) -> float:
             return max(1e-12, sum(joint(c, g) for c in everybody))
 
-        for _ in range(constants._STEPS):
+        for _ in range(estimates._STEPS):
             factor = [given[g] / mass(g) for g in everybody]
             size = [sum(joint(c, g) * factor[g] for g in everybody) for c in everybody]
         overall = 1 - sum(joint(c, c) for c in everybody) / sum(joint(c, g) for c in everybody for g in everybody)
         shares = []
         for g in everybody:
             n, alone = len(anchors[g]), 1 - joint(g, g) / mass(g)
-            share = (n * alone + constants._FEW * overall) / (n + constants._FEW)
+            share = (n * alone + estimates._TELL_LITTLE * overall) / (n + estimates._TELL_LITTLE)
             shares.append(torch.tensor(share, dtype=torch.float32).item())
         return shares
 
@@ -502,8 +499,26 @@ class Oracle:
         for g in range(self.classes):
             those = sorted((i for i in self.given if self.given[i] == g), key=lambda i: (self.samples[i].score, i))
             self.codes.update(dict.fromkeys(those[: int(len(those) * self.wrong[g])], WRONG))
+            self.right.update(self.likely([i for i in self.given if self.given[i] == g], self.wrong[g]))
         taken = list(self.codes.values()).count(WRONG)
         self.pull = min(1.0, taken / max(1, len(self.given)) / constants._NOISY)
+
+    def likely(self, those: list[int], share: float) -> dict[int, float]:
+        """How likely the labels of one class are right: by how high they are above a score, such that as many are
+        wrong as there should be."""
+        order = sorted(those, key=lambda i: (self.samples[i].score, i))
+        height = {i: self.samples[i].score if self.log_odds else float(order.index(i)) for i in those}
+
+        def right(bar: float) -> dict[int, float]:
+            odds = {i: estimates._SHARPNESS * (height[i] - bar) for i in those}
+            return {i: 1 / (1 + math.exp(-max(-700.0, x))) for i, x in odds.items()}
+
+        low, high = (min(height.values(), default=0) - 50, max(height.values(), default=0) + 50)
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = sum(right(middle).values()) >= (1 - share) * len(those)
+            low, high = (middle, high) if enough else (low, middle)
+        return right(low)
 
     def count_classes(self) -> None:
         """τ log π, of labels that are not taken for wrong; a class has one sample at least. Twice where right

@@ -107,7 +107,10 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
     out |= {name: column for name, column in state["table"].items() if name == "learned"}
     out |= {"members": fsr.dictionary.index, "momentum": fsr.dictionary.score}
     if fsr.config.selects:
-        out |= {name: state["selection"][name] for name in ("code", "share", "agreement", "best", "estimated", "apart")}
+        out |= {
+            name: state["selection"][name]
+            for name in ("code", "weight", "share", "first", "agreement", "growth", "readings", "estimated", "apart")
+        }
         out |= {"log_prior": state.get("log_prior")}
     else:
         out |= {"payload": fsr.dictionary.draw(40, torch.Generator().manual_seed(0)).payload[0]}

@@ -362,7 +362,7 @@ def test_averages_follow_the_twin(storage):
         assert_close(store.stored(torch.arange(6), torch.float64)[0] * ~shut, twin, 2e-2)
 
 
-def test_the_surest_and_the_mean_of_averages(monkeypatch):
+def test_the_surest_their_own_and_the_mean_of_averages(monkeypatch):
     monkeypatch.setattr("fsr_wrap.relabel._CHUNK", 6)  # two samples at once
     store = PseudoLabels(5, 3, 0.8)
     logits = torch.randn(4, 3)
@@ -374,6 +374,8 @@ def test_the_surest_and_the_mean_of_averages(monkeypatch):
     confidence, predicted, mean = store.surest()
     expected = logits[[0, 1, 2, 3, 3]].softmax(1)
     expected[2] = 0
+    label = torch.tensor([2, 0, 1, 1, -1])
+    assert_close(store.own(label)[:4], expected[torch.arange(4), label[:4]], 2e-3)
     assert_close(confidence, expected.amax(1), 2e-3)
     assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
     assert_close(mean, expected.sum(0) / 4, 2e-3)

@@ -36,6 +36,7 @@ def by_hand(fsr: FSRWrapper, model: torch.nn.Module, epochs: int) -> Epochs:
             losses.append(found["fsr/loss"] * len(index))
             rewards.append(found["fsr/reward_loss"] * len(index))
         units = torch.cat(weights)
+        missing = (1 - units).clamp(min=0)
         told.append(
             {
                 "epoch": epoch,
@@ -43,7 +44,7 @@ def by_hand(fsr: FSRWrapper, model: torch.nn.Module, epochs: int) -> Epochs:
                 "reweighting": active,
                 "loss": sum(losses) / 400,
                 "reward_loss": sum(rewards) / 400,
-                "zero_weight_ratio": (units == 0).double().mean().item(),
+                "zero_weight_ratio": (missing if fsr.config.selects else units == 0).double().mean().item(),
                 "effective_share": (units.sum() ** 2 / units.square().sum() / 400).item(),
             }
         )

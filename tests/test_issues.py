@@ -193,6 +193,13 @@ def test_what_was_estimated_early_counts_where_labels_were_learned_by_heart() ->
     assert judge(*evidence(400, 390), 0.3, 1.0).sum() == 400
 
 
+def test_once_labels_are_judged_doubts_and_estimate_count_alike() -> None:
+    assert judge(*evidence(400, 390), 0.3, 0.0, judged=True).sum() == 350
+    assert judge(*evidence(20, 5), 0.3, 0.0, judged=True).sum() == 150
+    assert judge(*evidence(20, 5), 0.3, 0.75, judged=True).sum() == 225  # little is forgotten yet
+    assert judge(*evidence(0, 0), 0.0, 0.0, judged=True).sum() == 0
+
+
 def test_no_class_is_flagged_wholesale() -> None:
     found, given = evidence(500, 500)
     given = (torch.arange(1000) >= 60).long() + 1  # of class 1 all are doubted

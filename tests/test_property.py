@@ -32,7 +32,7 @@ from oracle import Batch, Oracle, Result
 from test_wrapper import frozen
 from torch import Tensor, nn
 
-from fsr_wrap import FSRWrapper, selection
+from fsr_wrap import FSRWrapper, selection, shares
 
 EXAMPLES = int(os.environ.get("FSR_PROPERTY_EXAMPLES", 0))
 INPUTS, WIDTH = 3, 4
@@ -75,7 +75,7 @@ class Setup:
     double: bool
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
-    constants: dict[str, float] = field(default_factory=dict)  # of selection.py, so small that little data tells much
+    constants: dict[str, float] = field(default_factory=dict)  # of two modules, so small that little data tells much
 
     def build(self) -> tuple[Net, FSRWrapper]:
         torch.manual_seed(self.seed)
@@ -131,8 +131,17 @@ def setups(draw: st.DrawFn, case: int, selects: bool) -> Setup:
 
 
 PAPER = {"weight_rule": "clip", "class_balance": 0.0, "relabel_weight": 2.0, "relabel_momentum": 0.1}
-SMALL = {"_HELD": 0.3, "_LARGEST_SHARE": 0.4, "_VISITS": 1, "_GAP": 0.0, "_ERRORS": 0.1, "_GROWTH": 0.0}
-SMALL |= {"_ANCHORS": 0.5, "_FEW_ANCHORS": 3, "_FEW": 1}
+SMALL = {
+    "_HELD": 0.3,
+    "_LARGEST_SHARE": 0.4,
+    "_VISITS": 1,
+    "_START": 1,
+    "_GAP": 0.0,
+    "_READ": 0.5,
+    "_JUDGE": 0.1,
+    "_GROWTH": 0.0,
+}
+SMALL |= {"_ANCHORS": 0.5, "_FEW_ANCHORS": 3, "_FEW": 2, "_TELL_LITTLE": 2}
 
 
 WAYS = ["state_dict", "file", "save", "deepcopy", "pickle"]
@@ -232,7 +241,7 @@ class Training(RuleBasedStateMachine):
         self.setup = setup = data.draw(setups(self.case, self.selects))
         self.patch = pytest.MonkeyPatch()
         for name, value in setup.constants.items():
-            self.patch.setattr(selection, name, value)
+            self.patch.setattr(selection if hasattr(selection, name) else shares, name, value)
         self.model, self.fsr = setup.build()
         self.config = self.fsr.config
         self.tol = 1e-9 if setup.double else 2e-4
@@ -258,7 +267,7 @@ class Training(RuleBasedStateMachine):
         deep = [name for name in names if not name.startswith("norm")] if kept is None else kept
         per_epoch = self.setup.per_epoch or (self.setup.samples if self.setup.known else None)
         self.oracle = Oracle(self.config, self.setup.classes, per_epoch, tuple(deep), self.held())
-        self.oracle.surest, self.oracle.told = self.surest, False
+        self.oracle.surest, self.oracle.own, self.oracle.told = self.surest, self.own, False
 
     def held(self) -> tuple[int, ...]:
         """Who is held out, as the library's hash has it; room is made for as many samples as may come."""
@@ -271,6 +280,12 @@ class Training(RuleBasedStateMachine):
         assert self.fsr._memory.pseudo is not None
         found = self.fsr._memory.pseudo.surest(self.oracle.prior.float())[0][index].item()
         assert_close(number(found), number(confidence))
+        return found
+
+    def own(self, index: int, probability: float) -> float:
+        assert self.fsr._memory.pseudo is not None
+        found = self.fsr._memory.pseudo.own(self.fsr._memory.given.known().long())[index].item()
+        assert_close(number(found), number(probability))
         return found
 
     # --- batches
@@ -368,15 +383,23 @@ class Training(RuleBasedStateMachine):
             return
         known = memory.selection
         assert (known.active, known.estimated, known.apart) == (oracle.judging, oracle.estimated, oracle.apart)
-        assert_close(known.agreement, oracle.agreement)
-        assert_close(known.best, max([0.0, *oracle.outsides]))
+        assert_close(known.growth, oracle.outsides[-2:])
         assert_close(known.share.tolist(), oracle.wrong, 1e-5)
         oracle.wrong = known.share.tolist()
         names = {selection.HELD: "held out", selection.WRONG: "taken for wrong"}
         codes = {i: names[code] for i, code in enumerate(known.code[:-1].tolist()) if code in names}
         assert codes == {i: code for i, code in oracle.codes.items() if i < len(known.code) - 1}
+        self.compare_weights()
         DONE["found out"] += known.active and not oracle.told
         DONE["taken for wrong"] += "taken for wrong" in codes.values()
+
+    def compare_weights(self) -> None:
+        """Of labels that are judged, how likely each is right."""
+        known, oracle = self.fsr._memory.selection, self.oracle
+        assert known is not None
+        for i, right in oracle.right.items():
+            assert_close(known.weight[i].item(), right, 1e-5)
+            oracle.right[i] = known.weight[i].item()  # rounded as it is stored
 
     def compare_pseudo_labels(self, visited: set[int]) -> None:
         stored = self.fsr.state_dict()["fsr"]["pseudo"]
@@ -612,9 +635,10 @@ class Training(RuleBasedStateMachine):
         assert known is not None
         known.active = known.estimated = oracle.judging = oracle.estimated = oracle.told = True
         known.share.copy_(torch.tensor(wrong[: self.setup.classes]))
-        known.code[:-1] = known._judged(memory.table.score[:-1], memory.given.known().long())
+        known._judge(memory.table.score[:-1], memory.given.known().long())
         oracle.wrong = known.share.tolist()
         oracle.judge()
+        self.compare_weights()
 
     @rule()
     def metrics(self) -> None:
