@@ -219,7 +219,7 @@ class Selection:
         Wrong labels that are known by heart look right: the more so, the farther ahead are those trained on. The line
         through the later readings says how many would look wrong if none were known. Halfway to it is closest.
         """
-        ahead, read = zip(*self.readings, strict=True)
+        ahead, read = ([pair[k] for pair in self.readings] for k in (0, 1))
         now = float(self.share[label].double().mean())
         if now and len(set(ahead)) >= _LINE:
             before = statistics.linear_regression(ahead, read).intercept

@@ -441,6 +441,7 @@ def test_later_readings_make_no_share_smaller_nor_larger_than_1() -> None:
     label = torch.arange(30) % 3
     for readings, factor in (
         ([(0.0, 0.4), (0.1, 0.5), (0.2, 0.6)], 1.0),  # the line rises
+        ([], 1.0),  # none, as in a state of an earlier version
         ([(0.1, 0.4), (0.2, 0.2)], 1.0),  # too few
         ([(0.1, 0.4), (0.1, 0.3), (0.1, 0.2)], 1.0),  # no line
         ([(0.1, 0.8), (0.2, 0.6), (0.3, 0.4)], 1.5),
