@@ -166,7 +166,7 @@ class Selection:
 
         A network that learns finds both likelier, one that learns by heart the former alone. As long as both become so,
         the former may be ahead by as much as the latter rises in two epochs. What is held out is few. But each sample
-        is compared with itself, so that chance in who was held out, the hard or the wrong, is no matter.
+        is compared with itself, so that it matters little how hard those are, by chance, that are held out.
 
         **Returns:** whether it learns, so that labels held out become likelier, and nothing by heart yet; and by how
         much the labels trained on are ahead, in log-probability.
