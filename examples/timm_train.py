@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> float:
         schedule.step(epoch + 1)
         top1 = evaluate(args, ema.module if ema else model, val_loader)
         if is_primary(args):
-            found = f", {optimizer.metrics()['fsr/zero_weight_ratio']:.0%} of labels not believed" if args.fsr else ""
+            found = f", {optimizer.metrics()['fsr/zero_weight_ratio']:.0%} of the weight taken away" if args.fsr else ""
             print(f"epoch {epoch + 1}/{epochs}: top-1 {top1:.1f}{found}", flush=True)
         if saver:
             saver.save_checkpoint(epoch, metric=top1)

@@ -45,7 +45,7 @@ class History:
         """Adds up several steps.
 
         **Arguments:** `weights` and `losses` (k, b), `reward_loss` (k,), `size` (k,), b over all processes; `missing`
-        (k, b), which part of each weight is; `known`, whether all processes add the same.
+        (k, b), the part of each weight that is missing; `known`, whether all processes add the same.
         """
         units = weights * size[:, None]
         values = units * losses, reward_loss * size, missing, units, units.square()

@@ -130,7 +130,8 @@ def judge(evidence: Evidence, given: Tensor, early: float = 0.0, by_heart: float
 
     **Arguments:** `early`, the share of wrong labels that was estimated before anything was learned by heart; it counts
     in place of fewer doubts as far as they are those of a network that learned by heart, `by_heart` in [0, 1];
-    `judged`, whether training took as many for wrong: doubts and share then err either way, and count alike at least.
+    `judged`, whether training took as many for wrong: either number may then be too high or too low, and the share
+    counts for half at least.
     """
     seen = given >= 0
     doubted, confident = (int(one.sum()) for one in (evidence.doubted, evidence.confident & evidence.doubted))
@@ -170,13 +171,13 @@ def _ramp(value: float, low: float, high: float) -> float:
 def lowest(quality: Tensor, number: int) -> Tensor:
     """The `number` of lowest quality, NaN last, (N,) bool."""
     order = quality.nan_to_num(torch.inf).argsort(stable=True)
-    return torch.zeros(len(quality), dtype=torch.bool).scatter_(0, order[:number], True)
+    return torch.zeros_like(quality, dtype=torch.bool).scatter_(0, order[:number], True)
 
 
 def _places(score: Tensor) -> Tensor:
     """The place of each among all, as a share."""
     place = torch.empty_like(score)
-    place[score.argsort(stable=True)] = torch.arange(len(score), dtype=score.dtype)
+    place[score.argsort(stable=True)] = torch.arange(len(score), dtype=score.dtype, device=score.device)
     return place / max(1, len(score) - 1)
 
 

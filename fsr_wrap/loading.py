@@ -105,7 +105,7 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
         len(pair) == 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in pair) for pair in agreement
     )
     _need(good, "selection/agreement", agreement)
-    if "first" in state:  # not in checkpoints of earlier versions
+    if "first" in state or "growth" in state or "readings" in state:  # not in checkpoints of earlier versions
         growth = state["growth"]
         good = len(growth) <= 2 and all(isinstance(one, float) and math.isfinite(one) for one in growth)
         _need(good, "selection/growth", growth)

@@ -170,12 +170,12 @@ class Memory:
             self._count_classes(given)
 
     def _seen(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Who was seen in an epoch, and whose label is not trained on, (N,) bool each."""
+        """Who was seen in an epoch, and whose label is held out or taken for wrong, (N,) bool each."""
         seen = self.table.epoch[:-1] == stored_epoch(epoch)
         return seen, torch.zeros_like(seen) if self.selection is None else self.selection.code[:-1] != TRAINED
 
     def counted_visits(self) -> tuple[Tensor, Tensor]:
-        """Epochs in which each sample was seen, this one too, and in how many its label counted for nothing, (N,)."""
+        """How many epochs saw each sample, this one too, and in how many its label was held out or taken for wrong."""
         seen, unused = self._seen(self.epoch)
         return self.visits.seen.int() + seen, self.visits.unused.int() + (seen & unused)
 

@@ -45,7 +45,7 @@ class Pusher(ABC):
     """A valuation function: high where a sample would make good reward data (Eq. 4 takes the highest).
 
     `log_odds` says whether P is a logarithm of odds, or of a probability. Under `weight_rule="select"` a label then
-    counts with the probability that it is right; by any other P it counts fully or not at all.
+    counts with the probability that it is right; by any other P fully or not at all, but for those at the border.
     """
 
     needs_lookahead: ClassVar[bool] = False

@@ -144,7 +144,7 @@ class Selection:
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
             self.agreement = [(trained[0], held[0])]
-            learns, ahead = False, 0.0
+            learns, ahead = False, None
             if epoch + 1 >= _START:
                 learns, ahead = self._watch(seen, code, average.own(given))
             if epoch + 1 >= _VISITS:
@@ -161,7 +161,7 @@ class Selection:
             told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
         return told
 
-    def _watch(self, seen: Tensor, code: Tensor, probability: Tensor) -> tuple[bool, float]:
+    def _watch(self, seen: Tensor, code: Tensor, probability: Tensor) -> tuple[bool, float | None]:
         """Compares what is trained on with what is held out: how much likelier their labels have become.
 
         A network that learns finds both likelier, one that learns by heart the former alone. As long as both become so,
@@ -169,7 +169,7 @@ class Selection:
         is compared with itself, so that it matters little how hard those are, by chance, that are held out.
 
         **Returns:** whether it learns, so that labels held out become likelier, and nothing by heart yet; and by how
-        much the labels trained on are ahead, in log-probability.
+        much the labels trained on are ahead, in log-probability, None where too few are held out to tell.
         """
         likelihood = probability.double().clamp(min=_LEAST_LIKELY).log()
         new = seen & self.first[:-1].isnan()
@@ -178,7 +178,7 @@ class Selection:
         trained, held = (growth[seen & (code == part)] for part in (TRAINED, HELD))
         if len(held) < _FEW or len(trained) < _FEW:
             self.apart = 0
-            return False, 0.0
+            return False, None
         inside, outside = float(trained.mean()), float(held.mean())
         earlier, self.growth = self.growth, [*self.growth[-1:], outside]
         rise = outside - earlier[0] if earlier else 0.0
@@ -195,7 +195,7 @@ class Selection:
         log_prior: Tensor | None,
         *,
         learns: bool,
-        ahead: float,
+        ahead: float | None,
     ) -> None:
         """Reads the shares of wrong labels.
 
@@ -211,7 +211,8 @@ class Selection:
             # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
             self.share, self.estimated = torch.minimum(self.share, found) if self.estimated else found, True
             self.readings = []
-        self.readings.append((ahead, float(found[given[given >= 0]].double().mean())))
+        if ahead is not None:
+            self.readings.append((ahead, float(found[given[given >= 0]].double().mean())))
 
     def _look_back(self, label: Tensor) -> None:
         """Makes good what was learned by heart before the shares were read.
@@ -222,7 +223,7 @@ class Selection:
         ahead, read = ([pair[k] for pair in self.readings] for k in (0, 1))
         now = float(self.share[label].double().mean())
         if now and len(set(ahead)) >= _LINE:
-            before = statistics.linear_regression(ahead, read).intercept
+            before = min(1.0, statistics.linear_regression(ahead, read).intercept)
             self.share = (self.share * ((1 + max(1.0, before / now)) / 2)).clamp(max=1.0)
 
     def _judge(self, score: Tensor, given: Tensor) -> None:

@@ -10,7 +10,7 @@ _STEPS = 5  # of EM
 _TELL_LITTLE = 10  # anchors, at which a class's share is half its own and half that of all
 _SHARPNESS = 4.0  # by which averaged log-odds are multiplied, as several visits tell more than one
 _HALVINGS = 50  # of the interval in which the log-odds are at which a label is as likely right as wrong
-_FAR = 20.0  # in log-odds, beyond all others
+_SURE, _FAR = 1e8, 20.0  # in log-odds: more is as good as it, as where a mask shuts a class; beyond all others
 
 
 def anchors(confidence: Tensor, predicted: Tensor, seen: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def likely_right(score: Tensor, label: Tensor, share: Tensor) -> Tensor:
 
     **Arguments:** `score` (n,), log-odds; `label` (n,) int64; `share` (C,), the wrong ones. On the host.
     """
-    right = score = score.double()
+    right = score = score.double().clamp(-_SURE, _SURE)
     if not len(score):
         return right
     number = torch.bincount(label, minlength=len(share)).clamp(min=1)
@@ -88,4 +88,4 @@ def rank_within(value: Tensor, group: Tensor) -> Tensor:
     order = order[group[order].argsort(stable=True)]
     number = torch.bincount(group)
     first = (number.cumsum(0) - number)[group[order]]
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - first)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)

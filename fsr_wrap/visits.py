@@ -1,4 +1,4 @@
-"""How often each sample was seen, and in how many of these epochs its given label counted for nothing."""
+"""How often each sample was seen, and in how many of these epochs its given label was held out or taken for wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MOST = torch.iinfo(torch.int16).max
 
 
 class Visits:
-    """Epochs in which each sample was seen, and those of them in which its label was not trained on: 4 bytes a sample.
+    """Epochs in which each sample was seen, and those in which its label was held out or taken for wrong. 4 bytes each.
 
     They are counted at an epoch's end, so that no step has anything to do with them. They stop at 32,767.
 

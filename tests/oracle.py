@@ -409,7 +409,7 @@ class Oracle:
     def watch(self) -> None:
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]
         held = [i for i in seen if self.codes.get(i) == HELD]
-        learns, ahead = self.grows_apart(seen, held) if self.epoch >= constants._START else (False, 0.0)
+        learns, ahead = self.grows_apart(seen, held) if self.epoch >= constants._START else (False, None)
         known = [i for i in seen if self.samples[i].pseudo is not None]
         if self.epoch >= constants._VISITS and known:
             found = self.wrong_shares(known)
@@ -418,7 +418,8 @@ class Oracle:
             elif learns:
                 self.wrong, self.readings = [min(pair) for pair in zip(self.wrong, found, strict=True)], []
             self.estimated = True
-            self.readings.append((ahead, statistics.fmean(found[g] for g in self.given.values())))
+            if ahead is not None:
+                self.readings.append((ahead, statistics.fmean(found[g] for g in self.given.values())))
 
     def look_back(self) -> None:
         """Halfway from the shares that were read to what the later readings say of a time when nothing was known."""
@@ -427,10 +428,10 @@ class Oracle:
         if now and len(set(x)) >= constants._LINE:
             off = [one - statistics.fmean(x) for one in x]
             slope = sum(a * b for a, b in zip(off, y, strict=True)) / sum(a * a for a in off)
-            before = statistics.fmean(y) - slope * statistics.fmean(x)
+            before = min(1.0, statistics.fmean(y) - slope * statistics.fmean(x))
             self.wrong = [min(1.0, share * (now + max(now, before)) / (2 * now)) for share in self.wrong]
 
-    def grows_apart(self, seen: list[int], held: list[int]) -> tuple[bool, float]:
+    def grows_apart(self, seen: list[int], held: list[int]) -> tuple[bool, float | None]:
         """Counts the epochs in which the labels trained on alone became likelier; whether the others still do, and by
         how much the former are ahead."""
         growth = {}
@@ -442,7 +443,7 @@ class Oracle:
         inside, outside = ([growth[i] for i in seen if (i in held) == here] for here in (False, True))
         self.apart, before = 0, self.apart
         if min(len(inside), len(outside)) < constants._FEW:
-            return False, 0.0
+            return False, None
         mean, error = statistics.fmean(outside), statistics.stdev(inside) / math.sqrt(len(outside))
         rise = mean - self.outsides[-2:][0] if self.outsides else 0.0
         self.outsides.append(mean)

@@ -318,6 +318,7 @@ def test_autocast(dtype: torch.dtype, rule: Rule) -> None:
     if rule:
         torch.testing.assert_close(loss, (fsr.weights * F.cross_entropy(logits.float(), y, reduction="none")).sum())
     full[1].loss(full[0](x), y, index)
+    assert full[1].is_reweighting
     assert full[1].weights.min() < 0.8 * full[1].weights.max()
     torch.testing.assert_close(fsr.weights, full[1].weights, rtol=0.1, atol=2e-3)
     loss.backward()
@@ -334,6 +335,7 @@ def test_autocast_trains(dtype: torch.dtype, rule: Rule) -> None:
         fsr.loss(logits, y, index).backward()
         fsr.step()
         fsr.zero_grad()
+    assert fsr.is_reweighting
     assert fsr.weights.min() < 0.8 * fsr.weights.max()
     x, y, clean = digits(0.3)
     assert (model.eval()(x).argmax(1) == clean).float().mean() > 0.7
@@ -538,6 +540,7 @@ def test_lbfgs(rule: Rule, line_search: str | None) -> None:
         before = model.fc.weight.detach().clone()
         assert fsr.step(closures(*part)[0]).isfinite()
         assert not torch.equal(before, model.fc.weight)
+    assert fsr.is_reweighting
     assert fsr.weights.min() < 0.8 * fsr.weights.max()
     assert fsr.metrics()["fsr/epoch"] == 2
 

@@ -375,6 +375,7 @@ def test_labels_are_not_judged_where_nobody_is_held_out_or_nobody_came() -> None
     watched = Watched()
     mine = ~held(watched.one)
     assert not any(watched.ends(0.4 * (e > 1), 0.0, seen=mine) for e in range(7))
+    assert watched.one.growth == watched.one.readings == []
     nobody = Watched()
     assert not any(nobody.ends(0.4 * (e > 1), 0.0, seen=torch.zeros(3000, dtype=torch.bool)) for e in range(7))
     assert not nobody.one.estimated
@@ -445,12 +446,13 @@ def test_later_readings_make_no_share_smaller_nor_larger_than_1() -> None:
         ([(0.1, 0.4), (0.2, 0.2)], 1.0),  # too few
         ([(0.1, 0.4), (0.1, 0.3), (0.1, 0.2)], 1.0),  # no line
         ([(0.1, 0.8), (0.2, 0.6), (0.3, 0.4)], 1.5),
-        ([(0.5, 0.9), (1.0, 0.5), (1.5, 0.1)], 2.0),
+        ([(0.5, 0.8), (1.0, 0.6), (1.5, 0.4)], 1.5),
+        ([(0.50, 0.30), (0.505, 0.27), (0.51, 0.26)], 1.5),  # steep: all would be wrong
     ):
         one.share.copy_(torch.tensor([0.3, 0.5, 0.7]))
         one.readings = readings
         one._look_back(label)
-        expected = {1.0: [0.3, 0.5, 0.7], 1.5: [0.45, 0.75, 1.0], 2.0: [0.54, 0.9, 1.0]}[factor]
+        expected = {1.0: [0.3, 0.5, 0.7], 1.5: [0.45, 0.75, 1.0]}[factor]
         assert_close(one.share.tolist(), expected, 1e-6)
     one.share.zero_()
     one._look_back(label)
@@ -536,6 +538,34 @@ def test_of_scores_that_are_no_log_odds_the_order_counts(share: float) -> None:
         assert_close(mine[: max(0, number - 1)].sum().item(), 0.0, 0.05)
         assert_close(mine[number + 1 :].mean().item() if number < 199 else 1.0, 1.0, 0.05)
         assert_close(mine.sum().item(), 200.0 - number, 1e-3)
+
+
+@pytest.mark.parametrize("extreme", [1e30, -1e30])
+def test_a_class_that_a_mask_shuts_is_no_matter_to_others(extreme: float) -> None:
+    """Then P̂ of one sample is out of all proportion."""
+    torch.manual_seed(0)
+    score, given = torch.randn(900), torch.arange(900) % 3
+    one = made(900)
+    one.share.fill_(0.3)
+    one._judge(score, given)
+    expected = one.weight.clone()
+    score[0] = extreme
+    one._judge(score, given)
+    assert one.weight[0] == (extreme > 0)
+    assert_close(one.weight[:-1][given > 0], expected[:-1][given > 0], 1e-5)
+    assert_close(one.weight[:-1][given == 0].mean().item(), 0.7, 1e-4)
+
+
+def test_labels_are_judged_whatever_the_default_device_is() -> None:
+    expected, found = made(300), made(300)
+    torch.manual_seed(0)
+    score, given = torch.randn(300), torch.arange(300) % 3
+    for one, device in ((expected, "cpu"), (found, "meta")):
+        one.share.fill_(0.3)
+        with torch.device(device):
+            one._judge(score, given)
+    assert torch.equal(found.weight, expected.weight)
+    assert torch.equal(found.code, expected.code)
 
 
 def test_labels_that_nobody_can_tell_apart_lose_the_same_weight() -> None:
@@ -800,6 +830,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "three growths": lambda s: s["selection"].update(growth=[0.1] * 3),
     "no growth": lambda s: s["selection"].update(growth=None),
     "growth gone": lambda s: s["selection"].pop("growth"),
+    "growth alone": lambda s: [s["selection"].pop(name) for name in ("first", "readings")],
     "no readings": lambda s: s["selection"].pop("readings"),
     "a reading of three": lambda s: s["selection"].update(readings=[(0.1, 0.1, 0.1)]),
     "a reading NaN": lambda s: s["selection"].update(readings=[(0.1, math.nan)]),
