@@ -32,23 +32,13 @@ class History:
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=device)  # known to all processes
         self._mine = torch.zeros_like(self.sums)  # to this one alone
 
-    def add(
-        self,
-        weights: Tensor,
-        losses: Tensor,
-        reward_loss: Tensor,
-        size: Tensor,
-        missing: Tensor,
-        *,
-        known: bool = False,
-    ) -> None:
+    def add(self, units: Tensor, losses: Tensor, reward_loss: Tensor, missing: Tensor, *, known: bool = False) -> None:
         """Adds up several steps.
 
-        **Arguments:** `weights` and `losses` (k, b), `reward_loss` (k,), `size` (k,), b over all processes; `missing`
+        **Arguments:** `units`, the weights in units of 1/b, and `losses` (k, b); `reward_loss` (k,), times b; `missing`
         (k, b), the part of each weight that is missing; `known`, whether all processes add the same.
         """
-        units = weights * size[:, None]
-        values = units * losses, reward_loss * size, missing, units, units.square()
+        values = units * losses, reward_loss, missing, units, units.square()
         sums = torch.stack([value.sum(dtype=torch.float64) for value in values])
         if known or world_size() == 1:
             self.sums += sums

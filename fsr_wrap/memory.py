@@ -271,9 +271,9 @@ class Memory:
         if self._uncounted:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
             size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
-            largest = weights.amax(1)
+            largest, units = weights.amax(1), weights * size[:, None]
             # Labels that are judged keep a part of their weight: what is missing adds up.
-            missing = (1 - weights * size[:, None]).clamp(min=0) if self.config.selects else weights <= 0
+            missing = (1 - units).clamp(min=0) if self.config.selects else weights <= 0
             values = (
                 world_size() * (weights * losses).sum(1),
                 world_size() * reward_loss,
@@ -285,7 +285,7 @@ class Memory:
                 skipped_reward,
             )
             self.sums += torch.stack([value.to(self.sums.dtype).sum() for value in values])
-            self.history.add(weights, losses, reward_loss, size, missing, known=known)
+            self.history.add(units, losses, reward_loss * size, missing, known=known)
             self._uncounted, self._sizes = [], []
         return self.sums
 
