@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +100,16 @@ def get_storage(storage: str | int) -> Storage:
     return named[storage]()
 
 
+class Reading(NamedTuple):
+    """Of each sample, the averaged probability of its label, (N,), the largest and its class, (N,); of all, their mean,
+    (C,). On the host. Where a sample was never seen, the former two are 0, and it has no part in the mean."""
+
+    own: Tensor
+    confidence: Tensor
+    predicted: Tensor
+    mean: Tensor
+
+
 class PseudoLabels:
     """ŷ or p̄ of each sample, zeros where a sample was never seen.
 
@@ -189,32 +199,23 @@ class PseudoLabels:
             part = {name: column[where] for name, column in self.columns.items()}
             yield where, self.storage.decode(part, self.num_classes, torch.float32)[0]
 
-    def own(self, label: Tensor) -> Tensor:
-        """The averaged probability of a class of each sample, (N,) on the host; 0 where it was never seen.
+    def read(self, label: Tensor, log_prior: Tensor | None = None) -> Reading:
+        """What p̄ says of each sample and of all.
 
-        **Arguments:** `label` (N,) int64, on the host; −1 where there is none, which takes another class's.
+        **Arguments:** `label` (N,) int64, on the host, the class to ask for; −1 where there is none, which takes
+        another's. `log_prior`, (C,), for classes as frequent as it says; None if p̄ is of such a network already.
         """
-        own = []
-        for where, values in self.parts():
-            label_of = label[where, None].clamp(min=0).to(values.device)
-            own.append(distribution(values).gather(1, label_of)[:, 0].cpu())
-        return torch.cat(own)
-
-    def surest(self, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest averaged probability of each sample and its class, (N,), and the mean of all, (C,); on the host.
-
-        Where a sample was never seen, the first is 0, and it has no part in the mean.
-
-        **Arguments:** `log_prior`, (C,), for classes as frequent as it says; None if p̄ is of such a network already.
-        """
-        best = []
+        own, best = [], []
         mean = self.columns["logits"].new_zeros(self.num_classes, dtype=torch.float64)
-        for _, values in self.parts():
-            values = distribution(values if log_prior is None else values * log_prior.to(values.device).exp())
-            mean += values.sum(0)
-            best.append([one.cpu() for one in values.max(1)])
+        for where, values in self.parts():
+            usual = distribution(values)
+            own.append(usual.gather(1, label[where, None].clamp(min=0).to(values.device))[:, 0].cpu())
+            if log_prior is not None:
+                usual = distribution(values * log_prior.to(values.device).exp())
+            mean += usual.sum(0)
+            best.append([one.cpu() for one in usual.max(1)])
         confidence, predicted = (torch.cat(column) for column in zip(*best, strict=True))
-        return confidence, predicted, (mean / mean.sum().clamp(min=1)).cpu()
+        return Reading(torch.cat(own), confidence, predicted, (mean / mean.sum().clamp(min=1)).cpu())
 
     def _write(self, row: Tensor, values: Tensor, is_open: Tensor) -> None:
         for name, column in self.storage.encode(values, is_open).items():

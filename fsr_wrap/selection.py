@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .pushers import LAST, ScoreTable, stored_epoch
-from .relabel import PseudoLabels
+from .relabel import PseudoLabels, Reading
 from .shares import anchors, likely_right, rank_within, wrong_shares
 
 TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, held out, taken for wrong
@@ -144,11 +144,11 @@ class Selection:
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         if not self.active:
             self.agreement = [(trained[0], held[0])]
-            learns, ahead = False, None
             if epoch + 1 >= _START:
-                learns, ahead = self._watch(seen, code, average.own(given))
-            if epoch + 1 >= _VISITS:
-                self._read(seen, given, average, log_prior, learns=learns, ahead=ahead)
+                reading = average.read(given, log_prior)
+                learns, ahead = self._watch(seen, code, reading.own)
+                if epoch + 1 >= _VISITS:
+                    self._read(seen, given, reading, learns=learns, ahead=ahead)
             self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
             if self.active:
                 self._look_back(given[given >= 0])
@@ -187,22 +187,13 @@ class Selection:
         self.apart = self.apart + 1 if ahead > max(_GAP, _JUDGE * error) + max(0.0, rise) else 0
         return rise > _GROWTH and ahead <= _READ * error, ahead
 
-    def _read(
-        self,
-        seen: Tensor,
-        given: Tensor,
-        average: PseudoLabels,
-        log_prior: Tensor | None,
-        *,
-        learns: bool,
-        ahead: float | None,
-    ) -> None:
+    def _read(self, seen: Tensor, given: Tensor, reading: Reading, *, learns: bool, ahead: float | None) -> None:
         """Reads the shares of wrong labels.
 
-        A label is given as often as its class occurs: to tell whether it is wrong takes that back into the predictions
-        which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
+        A label is given as often as its class occurs: to tell whether it is wrong, `reading` has taken that back into
+        the predictions which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
         """
-        confidence, predicted, prior = average.surest(log_prior)
+        _, confidence, predicted, prior = reading
         averaged = seen & (confidence > 0)
         if not averaged.any():
             return

@@ -33,6 +33,7 @@ from test_wrapper import frozen
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper, selection, shares
+from fsr_wrap.relabel import Reading
 
 EXAMPLES = int(os.environ.get("FSR_PROPERTY_EXAMPLES", 0))
 INPUTS, WIDTH = 3, 4
@@ -276,15 +277,18 @@ class Training(RuleBasedStateMachine):
         made = selection.Selection(number, 2, known=known, seed=self.config.seed, device="cpu")
         return tuple((made.code[:-1] == selection.HELD).nonzero()[:, 0].tolist())
 
+    def read(self) -> Reading:
+        memory = self.fsr._memory
+        assert memory.pseudo is not None
+        return memory.pseudo.read(memory.given.known().long(), self.oracle.prior.float())
+
     def surest(self, index: int, confidence: float) -> float:
-        assert self.fsr._memory.pseudo is not None
-        found = self.fsr._memory.pseudo.surest(self.oracle.prior.float())[0][index].item()
+        found = self.read().confidence[index].item()
         assert_close(number(found), number(confidence))
         return found
 
     def own(self, index: int, probability: float) -> float:
-        assert self.fsr._memory.pseudo is not None
-        found = self.fsr._memory.pseudo.own(self.fsr._memory.given.known().long())[index].item()
+        found = self.read().own[index].item()
         assert_close(number(found), number(probability))
         return found
 
