@@ -28,6 +28,7 @@ _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
 _START, _VISITS = 2, 3  # epochs, after which averages may be compared with later ones, and tell who is wrong
 _LINE = 3  # readings that make a line
 _FEW = 10  # samples held out, or trained on, that tell little
+_DRIFT, _BY_CHANCE = 0.015, 1.5  # by how much agreement may fall: at least, and in standard errors
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _LEAST_LIKELY = 1e-3  # probabilities below are as good as it
 _GAP = 0.1  # in log-probability, that counts
@@ -63,6 +64,9 @@ class Selection:
         # with those held out.
         self.agreement: list[tuple[float, float]] = []
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
+        # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
+        # fell: then the regulariser is off.
+        self.best, self.drifts = 0.0, False
         # The logarithm of the averaged probability of each given label after the second epoch, or when it was seen
         # first; else NaN. The spare row is nobody's.
         self.first = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device="cpu")
@@ -142,7 +146,9 @@ class Selection:
         seen = (table.epoch[:-1] == stored_epoch(epoch)).cpu() & (given >= 0)
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
-        if not self.active:
+        if self.active:
+            self._look_for_drift(*trained)
+        else:
             self.agreement = [(trained[0], held[0])]
             if epoch + 1 >= _START:
                 reading = average.read(given, log_prior)
@@ -217,6 +223,16 @@ class Selection:
             before = min(1.0, statistics.linear_regression(ahead, read).intercept)
             self.share = (self.share * ((1 + max(1.0, before / now)) / 2)).clamp(max=1.0)
 
+    def _look_for_drift(self, agreement: float, number: int) -> None:
+        """Whether the network agrees less with the labels that it trains on, of which `number` were seen.
+
+        Else it agrees more and more. But where its learning rate stays high, a network that is held to its own averages
+        may drift from them.
+        """
+        error = math.sqrt(2 * agreement * (1 - agreement) / max(1, number))
+        self.drifts |= number > 0 and agreement < self.best - max(_DRIFT, _BY_CHANCE * error)
+        self.best = max(self.best, agreement)
+
     def _judge(self, score: Tensor, given: Tensor) -> None:
         """Of each class the share of lowest P̂ is taken for wrong, and each label counts as far as it is right.
 
@@ -240,7 +256,8 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "estimated", "apart", "pull")}
+        names = "active", "estimated", "apart", "pull", "best", "drifts"
+        state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "readings")}
         return state | {name: one.clone() for name, one in tensors.items()}
@@ -251,6 +268,7 @@ class Selection:
         self.pull, self.agreement = state["pull"], state["agreement"][-1:]
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
+        self.best, self.drifts = state.get("best", 0.0), state.get("drifts", False)
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)

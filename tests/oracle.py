@@ -107,6 +107,7 @@ class Oracle:
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
+        self.best, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
@@ -167,7 +168,8 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                total = total + self.pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
+                pull = 0 if self.drifts else self.pull
+                total = total + pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)
             pseudo, share = self.relabel(batch, clean_logits, rows, b)
@@ -397,7 +399,9 @@ class Oracle:
 
     def judge_all(self) -> None:
         """At the end of an epoch, which is `self.epoch - 1`."""
-        if not self.judging:
+        if self.judging:
+            self.look_for_drift()
+        else:
             self.watch()
             enough = self.epoch >= self.c.warmup_epochs
             self.judging = self.apart >= 2 and self.estimated and enough
@@ -405,6 +409,18 @@ class Oracle:
                 self.look_back()
         if self.judging:
             self.judge()
+
+    def look_for_drift(self) -> None:
+        right = [
+            sample.last_right
+            for i, sample in self.samples.items()
+            if sample.epoch == self.epoch - 1 and i in self.given and i not in self.codes
+        ]
+        if right:
+            now = statistics.fmean(right)
+            chance = constants._BY_CHANCE * math.sqrt(2 * now * (1 - now) / len(right))
+            self.drifts = self.drifts or now < self.best - max(constants._DRIFT, chance)
+            self.best = max(self.best, now)
 
     def watch(self) -> None:
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]

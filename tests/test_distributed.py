@@ -109,7 +109,18 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
     if fsr.config.selects:
         out |= {
             name: state["selection"][name]
-            for name in ("code", "weight", "share", "first", "agreement", "growth", "readings", "estimated", "apart")
+            for name in (
+                "code",
+                "weight",
+                "share",
+                "first",
+                "agreement",
+                "growth",
+                "readings",
+                "estimated",
+                "apart",
+                "best",
+            )
         }
         out |= {"log_prior": state.get("log_prior")}
     else:

@@ -387,6 +387,9 @@ class Training(RuleBasedStateMachine):
             return
         known = memory.selection
         assert (known.active, known.estimated, known.apart) == (oracle.judging, oracle.estimated, oracle.apart)
+        assert known.drifts == oracle.drifts
+        assert_close(known.best, oracle.best)
+        DONE["drifted"] += known.drifts
         assert_close(known.growth, oracle.outsides[-2:])
         assert_close(known.share.tolist(), oracle.wrong, 1e-5)
         oracle.wrong = known.share.tolist()

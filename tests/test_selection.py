@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper, selection
 from fsr_wrap.memory import Memory
-from fsr_wrap.pushers import ScoreTable
+from fsr_wrap.pushers import LAST, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
 from fsr_wrap.selection import HELD, TRAINED, WRONG, Selection
 from fsr_wrap.shares import anchors, rank_within, wrong_shares
@@ -478,7 +478,8 @@ def test_a_state_of_an_earlier_version_starts_to_compare() -> None:
     for _ in range(4):
         watched.ends(0.0, 0.0)
     state = watched.one.state_dict()
-    del state["first"], state["growth"], state["weight"], state["readings"]
+    for name in ("first", "growth", "weight", "readings", "best", "drifts"):
+        del state[name]
     other = Watched()
     assert not any(other.ends(3.0, 3.0 * e) for e in range(4))
     other.one.load_state_dict(state)
@@ -818,6 +819,9 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "none": lambda s: s.update(selection=None),
     "active is a word": lambda s: s["selection"].update(active="yes"),
     "estimated is a number": lambda s: s["selection"].update(estimated=1),
+    "best above 1": lambda s: s["selection"].update(best=1.5),
+    "best NaN": lambda s: s["selection"].update(best=math.nan),
+    "drifts is a number": lambda s: s["selection"].update(drifts=1),
     "apart below 0": lambda s: s["selection"].update(apart=-1),
     "apart is half": lambda s: s["selection"].update(apart=0.5),
     "agreement above 1": lambda s: s["selection"].update(agreement=[(1.5, 0.5)]),
@@ -980,6 +984,75 @@ def test_a_model_that_cannot_learn_by_heart_trains_plainly() -> None:
     assert known.estimated  # and yet it knows how many are wrong
     assert_close(known.share, torch.full((4,), 0.3), 0.12)
     assert selection.TRAINED in known.code
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("agreement", "number", "drifts"),
+    [
+        ([0.8, 0.85, 0.9, 0.95], 2000, False),
+        ([0.8, 0.9, 0.88, 0.9], 2000, True),
+        ([0.8, 0.9, 0.89, 0.888], 2000, False),  # no 1.5 points
+        ([0.9, 0.84, 0.9], 100, False),  # within one and a half standard errors
+        ([0.9, 0.8, 0.9], 100, True),
+        ([0.99, 0.5, 0.99], 1, False),
+    ],
+)
+def test_a_network_drifts_where_it_agrees_less_with_the_labels_it_trains_on(
+    agreement: list[float], number: int, drifts: bool
+) -> None:
+    one = made(30)
+    for share in agreement:
+        one._look_for_drift(share, number)
+    assert one.drifts == drifts
+    one._look_for_drift(0.0, 0)  # an epoch that saw nobody
+    one._look_for_drift(1.0, number)
+    assert one.drifts == drifts  # there is no way back
+    assert one.best == 1
+
+
+def test_drift_is_looked_for_once_labels_are_judged_among_those_trained_on() -> None:
+    watched = Watched(wrong=0.3)
+    watched.table.learned[:-1] = LAST
+    for one in (*START, (0.4, 0.0)):
+        watched.ends(*one)
+    assert watched.one.best == 0
+    watched.table.learned[:-1] = 0
+    assert watched.ends(0.4, 0.0)
+    assert watched.one.best == 0  # what came before the first judgement does not count
+    trained = watched.one.code[:-1] == TRAINED
+    watched.table.learned[:-1] = torch.where(trained, LAST, 0).to(torch.uint8)
+    watched.ends(0.4, 0.0)
+    assert watched.one.best == 1
+    assert not watched.one.drifts
+    watched.table.learned[:-1][trained.nonzero()[:200, 0]] = 0
+    watched.ends(0.4, 0.0)
+    assert watched.one.drifts
+
+
+def test_a_network_that_drifts_is_held_to_its_averages_no_more() -> None:
+    """The loss is then that of the targets alone."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(2, 3), torch.randn(40, 2), torch.arange(40) % 3
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=40, class_balance=0.0)
+    for _ in range(2):
+        fsr.loss(model(x), y, torch.arange(40))
+    judge(fsr, 0.5)
+    state = copy.deepcopy(fsr.state_dict())
+
+    def loss(**changes: Any) -> float:
+        fsr.load_state_dict(copy.deepcopy(state))
+        known = fsr._memory.selection
+        assert known is not None
+        assert known.pull == 1
+        vars(known).update(changes)
+        return fsr.loss(model(x), y, torch.arange(40)).item()
+
+    held, drifting, without = loss(), loss(drifts=True), loss(pull=0.0)
+    assert drifting == pytest.approx(without)
+    assert held < drifting - 0.1
 
 
 def test_the_regulariser_is_as_strong_as_labels_are_wrong() -> None:
