@@ -229,6 +229,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     for kind, belongs in kinds.items():
         for name in NAMES[1:]:
             gains = [gain(run, name) for run in runs if belongs(run)]
+            if not gains:
+                continue
             error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
             cells = [kind, len(gains), METHODS[name].title, f"{statistics.mean(gains):+.1f} ± {error:.1f}"]
             cells += [f"{min(gains):+.1f}", sum(one < -1 for one in gains)]
