@@ -96,10 +96,11 @@ def test_every_network_trains_with_every_optimizer(network: str, optimizer: str)
 def test_runs_are_resumed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     small = replace(draw(0), images=300, classes=3, network="wide", batch=64, epochs=5)
     monkeypatch.setattr(any_setting, "draw", lambda number: replace(small, number=number))
-    monkeypatch.setattr("sys.argv", ["any_setting.py", "--out", str(tmp_path / "runs"), "--settings", "2"])
+    flags = ["--out", str(tmp_path / "runs"), "--settings", "2", "--first", "7"]
+    monkeypatch.setattr("sys.argv", ["any_setting.py", *flags])
     any_setting.main()
     files = sorted((tmp_path / "runs").glob("*.json"))
-    assert [file.name for file in files] == ["0.json", "1.json"]
+    assert [file.name for file in files] == ["7.json", "8.json"]
     before = files[0].stat().st_mtime_ns
     any_setting.main()
     assert files[0].stat().st_mtime_ns == before

@@ -1,6 +1,6 @@
 """FSR beside plain training and ELR in settings that were drawn, not chosen: does it do harm, and what does it win?
 
-    python examples/benchmarks/any_setting.py --out DIR --fashion DIR [--settings 40]
+    python examples/benchmarks/any_setting.py --out DIR --fashion DIR [--settings 40] [--first 100]
     python examples/benchmarks/any_setting.py --out docs/results/any_setting.json --table
 
 A setting's number is the seed of all that is drawn: how many images of Fashion-MNIST and which, how many classes, a
@@ -205,7 +205,7 @@ def train(name: str, setting: Setting, data: Data) -> dict[str, Any]:
 def run_all(args: argparse.Namespace) -> None:
     """All runs that are not there."""
     args.out.mkdir(parents=True, exist_ok=True)
-    for setting in map(draw, range(args.settings)):
+    for setting in map(draw, range(args.first, args.first + args.settings)):
         path = args.out / f"{setting.number}.json"
         with claim(path) as mine:
             if not mine:
@@ -262,7 +262,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, a JSON file each")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's four IDX files; default: the hub")
-    parser.add_argument("--settings", type=positive, default=40, help="how many: those of numbers 0, 1, 2 ...")
+    parser.add_argument("--settings", type=positive, default=40, help="how many")
+    parser.add_argument("--first", type=int, default=100, help="the first one's number; FSR was mended by some below")
     parser.add_argument("--table", action="store_true", help="print what came out")
     parser.add_argument("--pack", type=Path, help="write all runs into one JSON file")
     args = parser.parse_args()
