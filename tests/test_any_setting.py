@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,13 @@ def test_runs_are_resumed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shown = capsys.readouterr().out
     assert "| wrong labels | 2 | FSR |" in shown
     assert shown.count("| wide |") == 2
+
+
+def test_the_table_of_settings_is_that_of_the_committed_runs() -> None:
+    results = Path(__file__).resolve().parents[1] / "docs" / "results" / "any_setting.json"
+    runs = json.loads(results.read_text())
+    assert [run["number"] for run in runs] == list(range(100, 100 + len(runs)))
+    assert any_setting.table(runs) == results.with_suffix(".md").read_text().rstrip()
+    for run in runs:
+        drawn = {**asdict(draw(run["number"])), "images": run["images"]}
+        assert {name: run[name] for name in drawn} == drawn
