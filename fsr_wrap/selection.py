@@ -66,7 +66,7 @@ class Selection:
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
         # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
         # fell: then the regulariser is off.
-        self.best, self.drifts = 0.0, False
+        self.peak, self.drifts = 0.0, False
         # The logarithm of the averaged probability of each given label after the second epoch, or when it was seen
         # first; else NaN. The spare row is nobody's.
         self.first = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device="cpu")
@@ -230,8 +230,8 @@ class Selection:
         may drift from them.
         """
         error = math.sqrt(2 * agreement * (1 - agreement) / max(1, number))
-        self.drifts |= number > 0 and agreement < self.best - max(_DRIFT, _BY_CHANCE * error)
-        self.best = max(self.best, agreement)
+        self.drifts |= number > 0 and agreement < self.peak - max(_DRIFT, _BY_CHANCE * error)
+        self.peak = max(self.peak, agreement)
 
     def _judge(self, score: Tensor, given: Tensor) -> None:
         """Of each class the share of lowest P̂ is taken for wrong, and each label counts as far as it is right.
@@ -256,7 +256,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "best", "drifts"
+        names = "active", "estimated", "apart", "pull", "peak", "drifts"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "readings")}
@@ -268,7 +268,7 @@ class Selection:
         self.pull, self.agreement = state["pull"], state["agreement"][-1:]
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
-        self.best, self.drifts = state.get("best", 0.0), state.get("drifts", False)
+        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)

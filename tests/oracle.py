@@ -107,7 +107,7 @@ class Oracle:
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
-        self.best, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
+        self.peak, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
@@ -419,8 +419,8 @@ class Oracle:
         if right:
             now = statistics.fmean(right)
             chance = constants._BY_CHANCE * math.sqrt(2 * now * (1 - now) / len(right))
-            self.drifts = self.drifts or now < self.best - max(constants._DRIFT, chance)
-            self.best = max(self.best, now)
+            self.drifts = self.drifts or now < self.peak - max(constants._DRIFT, chance)
+            self.peak = max(self.peak, now)
 
     def watch(self) -> None:
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]

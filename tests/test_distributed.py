@@ -119,7 +119,7 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
                 "readings",
                 "estimated",
                 "apart",
-                "best",
+                "peak",
             )
         }
         out |= {"log_prior": state.get("log_prior")}

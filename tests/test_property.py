@@ -388,7 +388,7 @@ class Training(RuleBasedStateMachine):
         known = memory.selection
         assert (known.active, known.estimated, known.apart) == (oracle.judging, oracle.estimated, oracle.apart)
         assert known.drifts == oracle.drifts
-        assert_close(known.best, oracle.best)
+        assert_close(known.peak, oracle.peak)
         DONE["drifted"] += known.drifts
         assert_close(known.growth, oracle.outsides[-2:])
         assert_close(known.share.tolist(), oracle.wrong, 1e-5)

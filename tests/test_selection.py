@@ -478,7 +478,7 @@ def test_a_state_of_an_earlier_version_starts_to_compare() -> None:
     for _ in range(4):
         watched.ends(0.0, 0.0)
     state = watched.one.state_dict()
-    for name in ("first", "growth", "weight", "readings", "best", "drifts"):
+    for name in ("first", "growth", "weight", "readings", "peak", "drifts"):
         del state[name]
     other = Watched()
     assert not any(other.ends(3.0, 3.0 * e) for e in range(4))
@@ -819,8 +819,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "none": lambda s: s.update(selection=None),
     "active is a word": lambda s: s["selection"].update(active="yes"),
     "estimated is a number": lambda s: s["selection"].update(estimated=1),
-    "best above 1": lambda s: s["selection"].update(best=1.5),
-    "best NaN": lambda s: s["selection"].update(best=math.nan),
+    "peak above 1": lambda s: s["selection"].update(peak=1.5),
+    "peak NaN": lambda s: s["selection"].update(peak=math.nan),
     "drifts is a number": lambda s: s["selection"].update(drifts=1),
     "apart below 0": lambda s: s["selection"].update(apart=-1),
     "apart is half": lambda s: s["selection"].update(apart=0.5),
@@ -1010,7 +1010,7 @@ def test_a_network_drifts_where_it_agrees_less_with_the_labels_it_trains_on(
     one._look_for_drift(0.0, 0)  # an epoch that saw nobody
     one._look_for_drift(1.0, number)
     assert one.drifts == drifts  # there is no way back
-    assert one.best == 1
+    assert one.peak == 1
 
 
 def test_drift_is_looked_for_once_labels_are_judged_among_those_trained_on() -> None:
@@ -1018,14 +1018,14 @@ def test_drift_is_looked_for_once_labels_are_judged_among_those_trained_on() -> 
     watched.table.learned[:-1] = LAST
     for one in (*START, (0.4, 0.0)):
         watched.ends(*one)
-    assert watched.one.best == 0
+    assert watched.one.peak == 0
     watched.table.learned[:-1] = 0
     assert watched.ends(0.4, 0.0)
-    assert watched.one.best == 0  # what came before the first judgement does not count
+    assert watched.one.peak == 0  # what came before the first judgement does not count
     trained = watched.one.code[:-1] == TRAINED
     watched.table.learned[:-1] = torch.where(trained, LAST, 0).to(torch.uint8)
     watched.ends(0.4, 0.0)
-    assert watched.one.best == 1
+    assert watched.one.peak == 1
     assert not watched.one.drifts
     watched.table.learned[:-1][trained.nonzero()[:200, 0]] = 0
     watched.ends(0.4, 0.0)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from cases import FASHION_CONFUSIONS, read_fashion
 from common import long_tail_counts, positive
-from compare import claim, load, pack, write
+from compare import claim, load, run_or_show, write
 from methods import METHODS, Task, make_method
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -82,16 +82,14 @@ def draw(number: int) -> Setting:
     )
 
 
-def make_given(setting: Setting, right: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-    """The given labels, of `classes` of Fashion-MNIST, (C,): which are drawn anew, and what becomes of them."""
+def make_given(setting: Setting, right: Tensor, alike: Tensor, generator: torch.Generator) -> Tensor:
+    """The given labels. `alike` (n,): the class that looks like each right one, −1 where it is not in the setting."""
     count = setting.classes
     hit = torch.rand(len(right), generator=generator) < setting.rate
     anew = torch.randint(count, (len(right),), generator=generator)
     if setting.noise == "pair":
         anew = (right + 1) % count
     elif setting.noise == "look-alike":
-        place = torch.full((10,), -1).index_copy(0, classes, torch.arange(count))
-        alike = place[torch.tensor(FASHION_CONFUSIONS)[classes]][right]
         anew = torch.where(alike < 0, right, alike)
     elif setting.noise == "one class":
         hit &= right == 0
@@ -112,7 +110,8 @@ def make_data(setting: Setting, folder: Path | None) -> Data:
     counts = long_tail_counts(int(torch.bincount(right).max()), setting.classes, setting.imbalance)
     rows = torch.cat([(right == c).nonzero()[:count, 0] for c, count in enumerate(counts)])
     order, right = order[rows], right[rows]
-    given = make_given(setting, right, classes, generator)
+    alike = place[torch.tensor(FASHION_CONFUSIONS)[labels[order]]]
+    given = make_given(setting, right, alike, generator)
     test = place[test_labels] >= 0
     own = images[order]
     mean, std = own.mean(), own.std()
@@ -235,18 +234,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             cells = [kind, len(gains), METHODS[name].title, f"{statistics.mean(gains):+.1f} ± {error:.1f}"]
             cells += [f"{min(gains):+.1f}", sum(one < -1 for one in gains)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    heads = (
-        "FSR − plain",
-        "FSR − ELR",
-        "images",
-        "classes",
-        "imbalance",
-        "wrong",
-        "network",
-        "optimizer",
-        "batch",
-        "epochs",
-    )
+    heads = ["FSR − plain", "FSR − ELR", "images", "classes", "imbalance", "wrong"]
+    heads += ["network", "optimizer", "batch", "epochs"]
     lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for run in sorted(runs, key=gain):
         noise = f"{run['wrong']:.0%}" + (f", {run['noise']}" if run["wrong"] else "")
@@ -267,14 +256,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what came out")
     parser.add_argument("--pack", type=Path, help="write all runs into one JSON file")
     args = parser.parse_args()
-    if not args.table and not args.pack:
-        run_all(args)
-        return
-    runs = sorted(load(args.out), key=lambda run: run["number"])
-    if args.table:
-        print(table(runs))
-    if args.pack:
-        pack(args.pack, runs)
+    run_or_show(args, run_all, lambda _: sorted(load(args.out), key=lambda run: run["number"]), table)
 
 
 if __name__ == "__main__":

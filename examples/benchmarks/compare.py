@@ -26,7 +26,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -338,6 +338,23 @@ def pack(path: Path, runs: list[Run]) -> None:
     """Writes runs into one file, a line each."""
     lines = [json.dumps(rounded(run), separators=(",", ":")) for run in runs]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def run_or_show(
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace], None],
+    read: Callable[[argparse.Namespace], list[Run]],
+    table: Callable[[list[Run]], str],
+) -> None:
+    """Runs what is missing; or, with `--table` or `--pack`, prints what is there or writes it into one file."""
+    if not args.table and not args.pack:
+        run(args)
+        return
+    runs = read(args)
+    if args.table:
+        print(table(runs))
+    if args.pack:
+        pack(args.pack, runs)
 
 
 def rounded(value: Any) -> Any:
