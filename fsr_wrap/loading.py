@@ -99,8 +99,10 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
     for name in ("active", "estimated"):
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(isinstance(state["pull"], float) and 0 <= state["pull"] <= 1, "selection/pull", state["pull"])
-    peak, drifts = state.get("peak", 0.0), state.get("drifts", False)  # not in checkpoints of earlier versions
-    _need(isinstance(peak, float) and 0 <= peak <= 1, "selection/peak", peak)
+    for name in ("predicted", "peak"):  # not in checkpoints of earlier versions
+        one = state.get(name, 0.0)
+        _need(isinstance(one, float) and 0 <= one <= 1, f"selection/{name}", one)
+    drifts = state.get("drifts", False)
     _need(isinstance(drifts, bool), "selection/drifts", drifts)
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]

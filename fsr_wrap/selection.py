@@ -4,7 +4,8 @@
 likely as those that the network trains on, it learns nothing by heart, and training stays plain. Meanwhile the samples
 that it is surest of tell how many labels of each class are wrong. When the labels that it trains on alone become
 likelier, it has begun to learn wrong ones too: from then on each label counts with the probability that it is right,
-told by its P̂, so that each class loses as large a share of its weight as there are wrong labels.
+told by its P̂, so that each class loses as large a share of its weight as there are wrong labels. So it is too where the
+network knows the right labels already, and hardly learns more of them: then nothing is gained by waiting.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _LEAST_LIKELY = 1e-3  # probabilities below are as good as it
 _GAP = 0.1  # in log-probability, that counts
 _READ, _JUDGE = 3.0, 5.0  # standard errors of it, up to which shares are read, and from which on labels are judged
 _GROWTH = 0.02  # in log-probability, within two epochs, by which one tells that the network still learns
+# A network knows the right labels if it predicts so many of them, if so large a part of those that it does not predict
+# is wrong, and if it learns so few in an epoch, for each wrong one. So many must be wrong.
+_KNOWS, _MOSTLY, _LEARNS, _SOME = 0.8, 0.4, 0.02, 0.001
 
 
 class Selection:
@@ -60,6 +64,7 @@ class Selection:
         self.active = False  # whether labels are taken for wrong
         self.share = torch.zeros(num_classes, dtype=torch.float32, device="cpu")  # wrong labels of each given class
         self.estimated = False  # whether the shares were found
+        self.predicted = 0.0  # after the last epoch, the share of labels that the averaged probabilities predict
         # In the last epoch before labels were judged, how often the network agreed with those that it trained on, and
         # with those held out.
         self.agreement: list[tuple[float, float]] = []
@@ -150,13 +155,15 @@ class Selection:
             self._look_for_drift(*trained)
         else:
             self.agreement = [(trained[0], held[0])]
+            knows = False
             if epoch + 1 >= _START:
                 reading = average.read(given, log_prior)
                 learns, ahead = self._watch(seen, code, reading.own)
                 if epoch + 1 >= _VISITS:
-                    self._read(seen, given, reading, learns=learns, ahead=ahead)
-            self.active = self.apart >= 2 and self.estimated and epoch + 1 >= warmup
-            if self.active:
+                    knows = self._read(seen, given, reading, learns=learns, ahead=ahead)
+            by_heart = self.apart >= 2
+            self.active = (by_heart or knows) and self.estimated and epoch + 1 >= warmup
+            if self.active and by_heart:
                 self._look_back(given[given >= 0])
         if self.active:
             self._judge(table.score[:-1].cpu(), given)
@@ -193,23 +200,39 @@ class Selection:
         self.apart = self.apart + 1 if ahead > max(_GAP, _JUDGE * error) + max(0.0, rise) else 0
         return rise > _GROWTH and ahead <= _READ * error, ahead
 
-    def _read(self, seen: Tensor, given: Tensor, reading: Reading, *, learns: bool, ahead: float | None) -> None:
+    def _read(self, seen: Tensor, given: Tensor, reading: Reading, *, learns: bool, ahead: float | None) -> bool:
         """Reads the shares of wrong labels.
 
         A label is given as often as its class occurs: to tell whether it is wrong, `reading` has taken that back into
         the predictions which the log-prior took out of them. Else hard samples of frequent classes look like rare ones.
+
+        **Returns:** whether the network knows the right labels.
         """
         _, confidence, predicted, prior = reading
         averaged = seen & (confidence > 0)
         if not averaged.any():
-            return
+            return False
         found = wrong_shares(predicted, prior, given, averaged, anchors(confidence, predicted, averaged))
         if learns or not self.estimated:
             # Confident mistakes of a network that still learns look like wrong labels: the lowest share counts.
             self.share, self.estimated = torch.minimum(self.share, found) if self.estimated else found, True
             self.readings = []
+        wrong = float(found[given[given >= 0]].double().mean())
         if ahead is not None:
-            self.readings.append((ahead, float(found[given[given >= 0]].double().mean())))
+            self.readings.append((ahead, wrong))
+        return self._knows(wrong, float((predicted == given)[averaged].double().mean()))
+
+    def _knows(self, wrong: float, predicted: float) -> bool:
+        """Whether the network knows the right labels, and hardly learns more of them.
+
+        Wrong labels do harm to a network that learns none by heart too, the more so where few classes have most of
+        them. If it predicts nearly all labels but the wrong ones, the others can be told.
+
+        **Arguments:** the shares of labels that are wrong, and that it predicts.
+        """
+        right, before, self.predicted = 1 - wrong, self.predicted, predicted
+        learns = predicted - before > _LEARNS * wrong * right
+        return not learns and predicted >= _KNOWS * right and wrong >= max(_SOME, _MOSTLY * (1 - predicted))
 
     def _look_back(self, label: Tensor) -> None:
         """Makes good what was learned by heart before the shares were read.
@@ -256,7 +279,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "peak", "drifts"
+        names = "active", "estimated", "apart", "pull", "predicted", "peak", "drifts"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "readings")}
@@ -268,8 +291,9 @@ class Selection:
         self.pull, self.agreement = state["pull"], state["agreement"][-1:]
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
-        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
+        self.predicted = state.get("predicted", 0.0)
+        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)
         self.growth, self.readings = list(state.get("growth", ())), list(state.get("readings", ()))

@@ -112,6 +112,7 @@ class Oracle:
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
         self.apart = 0
+        self.predicted, self.knows = 0.0, False  # the share of labels that p̄ predicts; whether those are the right ones
         self.readings: list[tuple[float, float]] = []  # by how much the labels trained on were ahead; the share read
         self.right: dict[int, float] = {}  # how likely each label is right, once they are judged
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
@@ -404,8 +405,8 @@ class Oracle:
         else:
             self.watch()
             enough = self.epoch >= self.c.warmup_epochs
-            self.judging = self.apart >= 2 and self.estimated and enough
-            if self.judging:
+            self.judging = (self.apart >= 2 or self.knows) and self.estimated and enough
+            if self.judging and self.apart >= 2:
                 self.look_back()
         if self.judging:
             self.judge()
@@ -423,6 +424,7 @@ class Oracle:
             self.peak = max(self.peak, now)
 
     def watch(self) -> None:
+        self.knows = False
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]
         held = [i for i in seen if self.codes.get(i) == HELD]
         learns, ahead = self.grows_apart(seen, held) if self.epoch >= constants._START else (False, None)
@@ -434,8 +436,18 @@ class Oracle:
             elif learns:
                 self.wrong, self.readings = [min(pair) for pair in zip(self.wrong, found, strict=True)], []
             self.estimated = True
+            wrong = statistics.fmean(found[g] for g in self.given.values())
             if ahead is not None:
-                self.readings.append((ahead, statistics.fmean(found[g] for g in self.given.values())))
+                self.readings.append((ahead, wrong))
+            self.look_whether_it_knows(wrong, known)
+
+    def look_whether_it_knows(self, wrong: float, those: list[int]) -> None:
+        average, before = self.frequent(), self.predicted
+        self.predicted = statistics.fmean(average[i].argmax().item() == self.given[i] for i in those)
+        learned, of_right = (self.predicted - before) / (1 - wrong), self.predicted / (1 - wrong)
+        few = learned <= constants._LEARNS * wrong
+        mostly = wrong >= constants._MOSTLY * (1 - self.predicted)
+        self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME
 
     def look_back(self) -> None:
         """Halfway from the shares that were read to what the later readings say of a time when nothing was known."""

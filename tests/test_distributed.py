@@ -119,6 +119,7 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
                 "readings",
                 "estimated",
                 "apart",
+                "predicted",
                 "peak",
             )
         }

@@ -259,9 +259,14 @@ def test_who_is_held_out_is_not_trained_on() -> None:
 
 
 class Watched:
-    """A selection, and tables as epochs would leave them: p̄ says class 0, 1, 2 in turn, so do the labels."""
+    """A selection, and tables as epochs would leave them: p̄ says class 0, 1, 2 in turn, so do the labels.
 
-    def __init__(self, number: int = 3000, warmup: int = 0, wrong: float = 0.0, spread: float = 0.5) -> None:
+    Of the share `hard` of the samples it says another class, without being sure: too many to know the right labels.
+    """
+
+    def __init__(
+        self, number: int = 3000, warmup: int = 0, wrong: float = 0.0, spread: float = 0.5, hard: float = 0.25
+    ) -> None:
         torch.manual_seed(0)
         self.number, self.warmup, self.epoch, self.spread = number, warmup, 0, spread
         self.one = made(number)
@@ -270,6 +275,8 @@ class Watched:
         true = torch.arange(number) % 3
         self.given = torch.where(torch.rand(number) < wrong, (true + 1) % 3, true)
         self.average.columns["logits"][:-1] = (0.1 + 0.7 * F.one_hot(true, 3)).half()
+        unsure = torch.arange(number) >= (1 - hard) * number
+        self.average.columns["logits"][:-1][unsure] = (0.3 + 0.1 * F.one_hot((true + 2) % 3, 3)[unsure]).half()
         self.table.score[:-1] = torch.randn(number)
         self.hard = torch.rand(number) - 4  # the log-probability of each given label at first
 
@@ -321,6 +328,51 @@ def test_labels_are_not_judged_where_nothing_is_learned_by_heart(epochs: list[tu
     watched = Watched(wrong=0.3)
     assert not any(watched.ends(*one) for one in epochs)
     assert not (watched.one.code == WRONG).any()
+
+
+def predict(watched: Watched, share: float) -> None:
+    """p̄ predicts so many of the right labels."""
+    true = torch.arange(watched.number) % 3
+    sure = (torch.arange(watched.number) < share * watched.number)[:, None]
+    those, others = 0.1 + 0.7 * F.one_hot(true, 3), 0.3 + 0.1 * F.one_hot((true + 2) % 3, 3)
+    watched.average.columns["logits"][:-1] = torch.where(sure, those, others).half()
+
+
+def test_labels_are_judged_where_the_right_ones_are_known() -> None:
+    """The network predicts 97 % of the right labels, then 98; in the next epoch it learns none."""
+    watched = Watched(wrong=0.3)
+    for share in (0.9, 0.95, 0.97, 0.98):
+        predict(watched, share)
+        assert not watched.ends(0.0, 0.0)
+    read = watched.one.share.clone()
+    assert watched.ends(0.0, 0.0)
+    assert watched.one.apart == 0
+    assert torch.equal(watched.one.share, read)  # nothing was learned by heart that had to be made good
+    assert_close(read.mean().item(), 0.3, 0.05)
+    assert_close((watched.one.code[:-1] == WRONG).double().mean().item(), read.double().mean().item(), 1e-3)
+    assert not held(watched.one).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shares"),
+    [
+        (0.3, [0.78] * 8),  # too few of the right ones are known
+        (0.3, [0.82 + 0.01 * e for e in range(8)]),  # a thirtieth as many as there are wrong ones is learned
+        (0.05, [0.9] * 8),  # a third of those that are not predicted is wrong
+        (0.0, [1.0] * 8),  # none is
+    ],
+)
+def test_where_right_labels_are_not_known_nothing_is_judged(wrong: float, shares: list[float]) -> None:
+    watched = Watched(wrong=wrong)
+    for share in shares:
+        predict(watched, share)
+        assert not watched.ends(0.0, 0.0)
+    assert watched.one.estimated
+
+
+def test_what_is_known_counts_after_the_warm_up() -> None:
+    watched = Watched(wrong=0.3, warmup=6, hard=0.0)
+    assert [watched.ends(0.0, 0.0) for _ in range(6)] == [False] * 5 + [True]
 
 
 def test_a_gap_that_chance_explains_does_not_count() -> None:
@@ -478,7 +530,7 @@ def test_a_state_of_an_earlier_version_starts_to_compare() -> None:
     for _ in range(4):
         watched.ends(0.0, 0.0)
     state = watched.one.state_dict()
-    for name in ("first", "growth", "weight", "readings", "peak", "drifts"):
+    for name in ("first", "growth", "weight", "readings", "predicted", "peak", "drifts"):
         del state[name]
     other = Watched()
     assert not any(other.ends(3.0, 3.0 * e) for e in range(4))
@@ -819,6 +871,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "none": lambda s: s.update(selection=None),
     "active is a word": lambda s: s["selection"].update(active="yes"),
     "estimated is a number": lambda s: s["selection"].update(estimated=1),
+    "predicted above 1": lambda s: s["selection"].update(predicted=1.5),
+    "predicted NaN": lambda s: s["selection"].update(predicted=math.nan),
     "peak above 1": lambda s: s["selection"].update(peak=1.5),
     "peak NaN": lambda s: s["selection"].update(peak=math.nan),
     "drifts is a number": lambda s: s["selection"].update(drifts=1),
@@ -966,24 +1020,35 @@ def test_right_labels_are_left_alone() -> None:
     assert (fsr._memory.selection.code == WRONG).double().mean() < 0.02
 
 
-def test_a_model_that_cannot_learn_by_heart_trains_plainly() -> None:
+def train_linear(apart: float, wrong: float, wrap: bool) -> tuple[float, bool]:
+    """The accuracy of a linear model, which learns nothing by heart, on right labels; whether any were judged."""
     torch.manual_seed(0)
-    y = torch.randint(4, (4000,))
-    x = torch.randn(4000, 6) + 2 * F.one_hot(y, 6)
-    y = torch.where(torch.rand(4000) < 0.4, torch.randint(4, (4000,)), y)
-    model = nn.Linear(6, 4)
-    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.2), num_samples=4000)
+    true, model = torch.randint(4, (24000,)), nn.Linear(6, 4)
+    x = torch.randn(24000, 6) + apart * F.one_hot(true, 6)
+    y = torch.where(torch.rand(4000) < wrong, torch.randint(4, (4000,)), true[:4000])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.2)
+    fsr = FSRWrapper(model, sgd, num_samples=4000) if wrap else None
     for _ in range(12):
         for index in torch.randperm(4000).split(100):
-            fsr.zero_grad()
-            fsr.loss(model(x[index]), y[index], index).backward()
-            fsr.step()
-        assert not fsr.is_reweighting
-    known = fsr._memory.selection
-    assert known is not None
-    assert known.estimated  # and yet it knows how many are wrong
-    assert_close(known.share, torch.full((4,), 0.3), 0.12)
-    assert selection.TRAINED in known.code
+            sgd.zero_grad()
+            logits = model(x[index])
+            loss = F.cross_entropy(logits, y[index]) if fsr is None else fsr.loss(logits, y[index], index)
+            loss.backward()
+            (fsr or sgd).step()
+    with torch.no_grad():
+        return (model(x[4000:]).argmax(1) == true[4000:]).double().mean().item(), fsr is not None and fsr.is_reweighting
+
+
+def test_a_model_that_learns_nothing_by_heart_trains_plainly_on_right_labels_that_are_hard() -> None:
+    accuracy, judged = train_linear(1.0, 0.0, wrap=True)
+    assert not judged
+    assert 0.5 < accuracy < 0.6
+
+
+def test_a_model_that_learns_nothing_by_heart_judges_labels_of_classes_that_it_knows() -> None:
+    accuracy, judged = train_linear(3.0, 0.6, wrap=True)
+    assert judged
+    assert accuracy > train_linear(3.0, 0.6, wrap=False)[0] + 0.005
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------
