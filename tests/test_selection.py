@@ -16,7 +16,7 @@ from helpers import assert_close
 from test_wrapper import frozen
 from torch import Tensor, nn
 
-from fsr_wrap import FSRWrapper, selection
+from fsr_wrap import FSRWrapper
 from fsr_wrap.memory import Memory
 from fsr_wrap.pushers import LAST, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
