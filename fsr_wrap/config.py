@@ -43,9 +43,10 @@ class FSRConfig:
     **What to look at first:**
 
     - `weight_rule`: how samples are weighed. `"select"`, the default: training is plain until the network begins to
-        learn labels by heart, and then each counts as far as it is likely right (see the docs). The paper's rules
-        need the reward data: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`, u = score − min(score) +
-        1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what re-labelling does alone.
+        learn labels by heart, or knows the right ones, and then each counts as far as it is likely right (see the
+        docs). The paper's rules need the reward data: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`,
+        u = score − min(score) + 1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what
+        re-labelling does alone.
     - `class_balance`: τ, the loss is that of the logits + τ log(share of the class) (Menon et al., ICLR 2021; 1 is the
         balanced softmax), under `"select"` up to twice that once right labels are learned by heart. At 1 it
         trains for a test set in which every class counts the same; where yours has the training set's shares, pass 0.
