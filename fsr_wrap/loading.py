@@ -98,17 +98,15 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
 def _check_selection(state: State, rows: int, classes: int) -> None:
     for name in ("active", "estimated"):
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
-    _need(isinstance(state["pull"], float) and 0 <= state["pull"] <= 1, "selection/pull", state["pull"])
-    for name in ("predicted", "peak"):  # not in checkpoints of earlier versions
-        one = state.get(name, 0.0)
-        _need(isinstance(one, float) and 0 <= one <= 1, f"selection/{name}", one)
-    drifts = state.get("drifts", False)
+    _need(_is_share(state["pull"]), "selection/pull", state["pull"])
+    # The next three are not in checkpoints of earlier versions.
+    predicted, peak, drifts = state.get("predicted", []), state.get("peak", 0.0), state.get("drifts", False)
+    _need(len(predicted) <= 2 and all(map(_is_share, predicted)), "selection/predicted", predicted)
+    _need(_is_share(peak), "selection/peak", peak)
     _need(isinstance(drifts, bool), "selection/drifts", drifts)
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]
-    good = len(agreement) <= 2 and all(
-        len(pair) == 2 and all(isinstance(one, float) and 0 <= one <= 1 for one in pair) for pair in agreement
-    )
+    good = len(agreement) <= 2 and all(len(pair) == 2 and all(map(_is_share, pair)) for pair in agreement)
     _need(good, "selection/agreement", agreement)
     if "first" in state or "growth" in state or "readings" in state:  # not in checkpoints of earlier versions
         growth = state["growth"]
@@ -242,3 +240,7 @@ def _need(ok: bool, name: str, found: object) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1

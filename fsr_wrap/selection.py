@@ -35,9 +35,10 @@ _LEAST_LIKELY = 1e-3  # probabilities below are as good as it
 _GAP = 0.1  # in log-probability, that counts
 _READ, _JUDGE = 3.0, 5.0  # standard errors of it, up to which shares are read, and from which on labels are judged
 _GROWTH = 0.02  # in log-probability, within two epochs, by which one tells that the network still learns
-# A network knows the right labels if it predicts so many of them, if so large a part of those that it does not predict
-# is wrong, and if it learns so few in an epoch, for each wrong one. So many must be wrong.
-_KNOWS, _MOSTLY, _LEARNS, _SOME = 0.8, 0.4, 0.02, 0.001
+# A network knows the right labels if it predicts so many of them, and if so large a part of those that it does not
+# predict is wrong. In an epoch it must learn to predict few more: so many of the right ones, or for each wrong one.
+_KNOWS, _MOSTLY, _LEARNS, _FOR_EACH = 0.8, 0.4, 0.006, 0.05
+_SOME = 0.001  # the share of wrong labels that is worth it
 
 
 class Selection:
@@ -64,7 +65,7 @@ class Selection:
         self.active = False  # whether labels are taken for wrong
         self.share = torch.zeros(num_classes, dtype=torch.float32, device="cpu")  # wrong labels of each given class
         self.estimated = False  # whether the shares were found
-        self.predicted = 0.0  # after the last epoch, the share of labels that the averaged probabilities predict
+        self.predicted: list[float] = []  # after the last two epochs, the share of labels that p̄ predicts
         # In the last epoch before labels were judged, how often the network agreed with those that it trained on, and
         # with those held out.
         self.agreement: list[tuple[float, float]] = []
@@ -230,9 +231,10 @@ class Selection:
 
         **Arguments:** the shares of labels that are wrong, and that it predicts.
         """
-        right, before, self.predicted = 1 - wrong, self.predicted, predicted
-        learns = predicted - before > _LEARNS * wrong * right
-        return not learns and predicted >= _KNOWS * right and wrong >= max(_SOME, _MOSTLY * (1 - predicted))
+        right, earlier, self.predicted = 1 - wrong, self.predicted, [*self.predicted[-1:], predicted]
+        if not earlier or (predicted - earlier[0]) / len(earlier) > min(_LEARNS, _FOR_EACH * wrong) * right:
+            return False
+        return predicted >= _KNOWS * right and wrong >= max(_SOME, _MOSTLY * (1 - predicted))
 
     def _look_back(self, label: Tensor) -> None:
         """Makes good what was learned by heart before the shares were read.
@@ -279,10 +281,10 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "predicted", "peak", "drifts"
+        names = "active", "estimated", "apart", "pull", "peak", "drifts"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
-        state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "readings")}
+        state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "predicted", "readings")}
         return state | {name: one.clone() for name, one in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,7 +294,7 @@ class Selection:
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
-        self.predicted = state.get("predicted", 0.0)
+        self.predicted = list(state.get("predicted", ()))
         self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)

@@ -112,7 +112,8 @@ class Oracle:
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
         self.apart = 0
-        self.predicted, self.knows = 0.0, False  # the share of labels that p̄ predicts; whether those are the right ones
+        self.predicted: list[float] = []  # the share of labels that p̄ predicts, after each epoch
+        self.knows = False  # whether those are the right ones
         self.readings: list[tuple[float, float]] = []  # by how much the labels trained on were ahead; the share read
         self.right: dict[int, float] = {}  # how likely each label is right, once they are judged
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
@@ -442,11 +443,15 @@ class Oracle:
             self.look_whether_it_knows(wrong, known)
 
     def look_whether_it_knows(self, wrong: float, those: list[int]) -> None:
-        average, before = self.frequent(), self.predicted
-        self.predicted = statistics.fmean(average[i].argmax().item() == self.given[i] for i in those)
-        learned, of_right = (self.predicted - before) / (1 - wrong), self.predicted / (1 - wrong)
-        few = learned <= constants._LEARNS * wrong
-        mostly = wrong >= constants._MOSTLY * (1 - self.predicted)
+        average, right = self.frequent(), 1 - wrong
+        predicted = statistics.fmean(average[i].argmax().item() == self.given[i] for i in those)
+        earlier = self.predicted[-2:]
+        self.predicted.append(predicted)
+        if not earlier:
+            return
+        learned, of_right = (predicted - earlier[0]) / len(earlier) / right, predicted / right
+        few = learned <= constants._LEARNS and learned <= constants._FOR_EACH * wrong
+        mostly = wrong >= constants._MOSTLY * (1 - predicted)
         self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME
 
     def look_back(self) -> None:
