@@ -70,9 +70,9 @@ class Selection:
         # with those held out.
         self.agreement: list[tuple[float, float]] = []
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
-        # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
-        # fell: then the regulariser is off.
-        self.peak, self.drifts = 0.0, False
+        # Since labels are judged, how often at most the network agreed with those that it trained on. Whether the
+        # regulariser is off: that fell, or nothing was learned by heart, which is what it slows down.
+        self.peak, self.let_go = 0.0, False
         # The logarithm of the averaged probability of each given label after the second epoch, or when it was seen
         # first; else NaN. The spare row is nobody's.
         self.first = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device="cpu")
@@ -166,6 +166,8 @@ class Selection:
             self.active = (by_heart or knows) and self.estimated and epoch + 1 >= warmup
             if self.active and by_heart:
                 self._look_back(given[given >= 0])
+            elif self.active:
+                self.let_go = True
         if self.active:
             self._judge(table.score[:-1].cpu(), given)
         agreement = {"agreement": trained, "held_out_agreement": held}
@@ -221,7 +223,7 @@ class Selection:
         wrong = float(found[given[given >= 0]].double().mean())
         if ahead is not None:
             self.readings.append((ahead, wrong))
-        return self._knows(wrong, float((predicted == given)[averaged].double().mean()))
+        return self._knows(wrong, float((predicted == given)[averaged].double().mean())) and not learns
 
     def _knows(self, wrong: float, predicted: float) -> bool:
         """Whether the network knows the right labels, and hardly learns more of them.
@@ -255,7 +257,7 @@ class Selection:
         may drift from them.
         """
         error = math.sqrt(2 * agreement * (1 - agreement) / max(1, number))
-        self.drifts |= number > 0 and agreement < self.peak - max(_DRIFT, _BY_CHANCE * error)
+        self.let_go |= number > 0 and agreement < self.peak - max(_DRIFT, _BY_CHANCE * error)
         self.peak = max(self.peak, agreement)
 
     def _judge(self, score: Tensor, given: Tensor) -> None:
@@ -281,7 +283,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "peak", "drifts"
+        names = "active", "estimated", "apart", "pull", "peak", "let_go"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "predicted", "readings")}
@@ -295,7 +297,7 @@ class Selection:
         self.code[:-1] = state["code"]
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
         self.predicted = list(state.get("predicted", ()))
-        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
+        self.peak, self.let_go = state.get("peak", 0.0), state.get("let_go", False)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)
         self.growth, self.readings = list(state.get("growth", ())), list(state.get("readings", ()))

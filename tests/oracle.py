@@ -107,7 +107,7 @@ class Oracle:
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
-        self.peak, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
+        self.peak, self.let_go = 0.0, False  # agreement since labels are judged, and whether it fell
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
@@ -170,7 +170,7 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                pull = 0 if self.drifts else self.pull
+                pull = 0 if self.let_go else self.pull
                 total = total + pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)
@@ -409,6 +409,8 @@ class Oracle:
             self.judging = (self.apart >= 2 or self.knows) and self.estimated and enough
             if self.judging and self.apart >= 2:
                 self.look_back()
+            elif self.judging:
+                self.let_go = True
         if self.judging:
             self.judge()
 
@@ -421,7 +423,7 @@ class Oracle:
         if right:
             now = statistics.fmean(right)
             chance = constants._BY_CHANCE * math.sqrt(2 * now * (1 - now) / len(right))
-            self.drifts = self.drifts or now < self.peak - max(constants._DRIFT, chance)
+            self.let_go = self.let_go or now < self.peak - max(constants._DRIFT, chance)
             self.peak = max(self.peak, now)
 
     def watch(self) -> None:
@@ -440,9 +442,9 @@ class Oracle:
             wrong = statistics.fmean(found[g] for g in self.given.values())
             if ahead is not None:
                 self.readings.append((ahead, wrong))
-            self.look_whether_it_knows(wrong, known)
+            self.look_whether_it_knows(wrong, known, learns)
 
-    def look_whether_it_knows(self, wrong: float, those: list[int]) -> None:
+    def look_whether_it_knows(self, wrong: float, those: list[int], learns: bool) -> None:
         average, right = self.frequent(), 1 - wrong
         predicted = statistics.fmean(average[i].argmax().item() == self.given[i] for i in those)
         earlier = self.predicted[-2:]
@@ -452,7 +454,7 @@ class Oracle:
         learned, of_right = (predicted - earlier[0]) / len(earlier) / right, predicted / right
         few = learned <= constants._LEARNS and learned <= constants._FOR_EACH * wrong
         mostly = wrong >= constants._MOSTLY * (1 - predicted)
-        self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME
+        self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME and not learns
 
     def look_back(self) -> None:
         """Halfway from the shares that were read to what the later readings say of a time when nothing was known."""
