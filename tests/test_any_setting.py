@@ -94,6 +94,24 @@ def test_every_network_trains_with_every_optimizer(network: str, optimizer: str)
     assert used[-1] <= last * 1.0001
 
 
+@pytest.mark.parametrize("name", any_setting.NAMES)
+def test_where_training_diverges_accuracy_is_that_of_guessing(name: str) -> None:
+    small = replace(draw(0), images=300, classes=3, network="wide", optimizer="constant", lr=1e12, batch=50, epochs=6)
+    run = any_setting.train(name, small, make_data(small, None))
+    assert len(run["curve"]) == 6
+    assert run["last"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(*_: Any) -> Tensor:
+        raise ValueError("another")
+
+    monkeypatch.setattr(any_setting.METHODS["ce"], "loss", loss)
+    small = replace(draw(0), images=300, classes=3, network="wide", epochs=5)
+    with pytest.raises(ValueError, match="another"):
+        any_setting.train("ce", small, make_data(small, None))
+
+
 def test_runs_are_resumed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     small = replace(draw(0), images=300, classes=3, network="wide", batch=64, epochs=5)
     monkeypatch.setattr(any_setting, "draw", lambda number: replace(small, number=number))
@@ -119,7 +137,7 @@ def test_runs_are_resumed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_table_of_settings_is_that_of_the_committed_runs() -> None:
     results = Path(__file__).resolve().parents[1] / "docs" / "results" / "any_setting.json"
     runs = json.loads(results.read_text())
-    assert [run["number"] for run in runs] == list(range(100, 100 + len(runs)))
+    assert [run["number"] for run in runs] == list(range(180, 180 + len(runs)))
     assert any_setting.table(runs) == results.with_suffix(".md").read_text().rstrip()
     for run in runs:
         drawn = {**asdict(draw(run["number"])), "images": run["images"]}
