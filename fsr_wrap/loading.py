@@ -99,11 +99,12 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
     for name in ("active", "estimated"):
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(_is_share(state["pull"]), "selection/pull", state["pull"])
-    # The next three are not in checkpoints of earlier versions.
-    predicted, peak, let_go = state.get("predicted", []), state.get("peak", 0.0), state.get("let_go", False)
+    # The next four are not in checkpoints of earlier versions.
+    predicted, peak = state.get("predicted", []), state.get("peak", 0.0)
     _need(len(predicted) <= 2 and all(map(_is_share, predicted)), "selection/predicted", predicted)
     _need(_is_share(peak), "selection/peak", peak)
-    _need(isinstance(let_go, bool), "selection/let_go", let_go)
+    for name in ("early", "drifts"):
+        _need(isinstance(state.get(name, False), bool), f"selection/{name}", state[name])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]
     good = len(agreement) <= 2 and all(len(pair) == 2 and all(map(_is_share, pair)) for pair in agreement)

@@ -30,6 +30,7 @@ _START, _VISITS = 2, 3  # epochs, after which averages may be compared with late
 _LINE = 3  # readings that make a line
 _FEW = 10  # samples held out, or trained on, that tell little
 _DRIFT, _BY_CHANCE = 0.015, 1.5  # by how much agreement may fall: at least, and in standard errors
+_EARLY = 1 / 3  # of the regulariser where nothing was learned by heart when labels were judged
 _NOISY = 0.1  # the share of wrong labels from which on the regulariser has its full strength
 _LEAST_LIKELY = 1e-3  # probabilities below are as good as it
 _GAP = 0.1  # in log-probability, that counts
@@ -70,9 +71,10 @@ class Selection:
         # with those held out.
         self.agreement: list[tuple[float, float]] = []
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
-        # Since labels are judged, how often at most the network agreed with those that it trained on. Whether the
-        # regulariser is off: that fell, or nothing was learned by heart, which is what it slows down.
-        self.peak, self.let_go = 0.0, False
+        self.early = False  # whether labels are judged because the right ones were known, and nothing by heart
+        # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
+        # fell: then the regulariser is off.
+        self.peak, self.drifts = 0.0, False
         # The logarithm of the averaged probability of each given label after the second epoch, or when it was seen
         # first; else NaN. The spare row is nobody's.
         self.first = torch.full((num_samples + 1,), torch.nan, dtype=torch.float32, device="cpu")
@@ -129,6 +131,11 @@ class Selection:
         """
         return 2 - self.pull if self.active else 1.0
 
+    @property
+    def hold(self) -> float:
+        """In [0, 1], how much of the regulariser there is. It slows down learning by heart, and may do harm besides."""
+        return 0.0 if self.drifts else self.pull * (_EARLY if self.early else 1.0)
+
     def end_epoch(
         self,
         epoch: int,
@@ -159,15 +166,15 @@ class Selection:
             knows = False
             if epoch + 1 >= _START:
                 reading = average.read(given, log_prior)
-                learns, ahead = self._watch(seen, code, reading.own)
+                learns, begun, ahead = self._watch(seen, code, reading.own)
                 if epoch + 1 >= _VISITS:
-                    knows = self._read(seen, given, reading, learns=learns, ahead=ahead)
+                    knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
+                    knows = knows and not learns and not begun
             by_heart = self.apart >= 2
             self.active = (by_heart or knows) and self.estimated and epoch + 1 >= warmup
             if self.active and by_heart:
                 self._look_back(given[given >= 0])
-            elif self.active:
-                self.let_go = True
+            self.early = self.active and not by_heart
         if self.active:
             self._judge(table.score[:-1].cpu(), given)
         agreement = {"agreement": trained, "held_out_agreement": held}
@@ -177,15 +184,15 @@ class Selection:
             told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
         return told
 
-    def _watch(self, seen: Tensor, code: Tensor, probability: Tensor) -> tuple[bool, float | None]:
+    def _watch(self, seen: Tensor, code: Tensor, probability: Tensor) -> tuple[bool, bool, float | None]:
         """Compares what is trained on with what is held out: how much likelier their labels have become.
 
         A network that learns finds both likelier, one that learns by heart the former alone. As long as both become so,
         the former may be ahead by as much as the latter rises in two epochs. What is held out is few. But each sample
         is compared with itself, so that it matters little how hard those are, by chance, that are held out.
 
-        **Returns:** whether it learns, so that labels held out become likelier, and nothing by heart yet; and by how
-        much the labels trained on are ahead, in log-probability, None where too few are held out to tell.
+        **Returns:** whether it learns, so that labels held out become likelier; whether it has begun to learn by heart;
+        and by how much the labels trained on are ahead, in log-probability, None where too few are held out to tell.
         """
         likelihood = probability.double().clamp(min=_LEAST_LIKELY).log()
         new = seen & self.first[:-1].isnan()
@@ -194,14 +201,14 @@ class Selection:
         trained, held = (growth[seen & (code == part)] for part in (TRAINED, HELD))
         if len(held) < _FEW or len(trained) < _FEW:
             self.apart = 0
-            return False, None
+            return False, False, None
         inside, outside = float(trained.mean()), float(held.mean())
         earlier, self.growth = self.growth, [*self.growth[-1:], outside]
         rise = outside - earlier[0] if earlier else 0.0
         error = float(trained.std()) / math.sqrt(len(held))  # of those held out, were they like the others
         ahead = inside - outside
         self.apart = self.apart + 1 if ahead > max(_GAP, _JUDGE * error) + max(0.0, rise) else 0
-        return rise > _GROWTH and ahead <= _READ * error, ahead
+        return rise > _GROWTH, ahead > _READ * error, ahead
 
     def _read(self, seen: Tensor, given: Tensor, reading: Reading, *, learns: bool, ahead: float | None) -> bool:
         """Reads the shares of wrong labels.
@@ -223,7 +230,7 @@ class Selection:
         wrong = float(found[given[given >= 0]].double().mean())
         if ahead is not None:
             self.readings.append((ahead, wrong))
-        return self._knows(wrong, float((predicted == given)[averaged].double().mean())) and not learns
+        return self._knows(wrong, float((predicted == given)[averaged].double().mean()))
 
     def _knows(self, wrong: float, predicted: float) -> bool:
         """Whether the network knows the right labels, and hardly learns more of them.
@@ -257,7 +264,7 @@ class Selection:
         may drift from them.
         """
         error = math.sqrt(2 * agreement * (1 - agreement) / max(1, number))
-        self.let_go |= number > 0 and agreement < self.peak - max(_DRIFT, _BY_CHANCE * error)
+        self.drifts |= number > 0 and agreement < self.peak - max(_DRIFT, _BY_CHANCE * error)
         self.peak = max(self.peak, agreement)
 
     def _judge(self, score: Tensor, given: Tensor) -> None:
@@ -283,7 +290,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "peak", "let_go"
+        names = "active", "estimated", "apart", "pull", "early", "peak", "drifts"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "predicted", "readings")}
@@ -296,8 +303,8 @@ class Selection:
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
         # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
-        self.predicted = list(state.get("predicted", ()))
-        self.peak, self.let_go = state.get("peak", 0.0), state.get("let_go", False)
+        self.predicted, self.early = list(state.get("predicted", ())), state.get("early", False)
+        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)
         self.growth, self.readings = list(state.get("growth", ())), list(state.get("readings", ()))

@@ -232,7 +232,7 @@ class Reweighting:
         average = functional.distribution(seen.stored * (seen.is_open & (row >= 0)[:, None]))
         share = (1 - selection.weight[seen.index].to(weights.dtype)) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
-        pull = 0.0 if selection.let_go else selection.pull * self.config.relabel_weight
+        pull = selection.hold * self.config.relabel_weight
         return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)
 
     def _mixed(self, batch: Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:

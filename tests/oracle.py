@@ -107,7 +107,8 @@ class Oracle:
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
-        self.peak, self.let_go = 0.0, False  # agreement since labels are judged, and whether it fell
+        self.early = False  # whether nothing was learned by heart when labels were judged
+        self.peak, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
         self.outsides: list[float] = []  # how much it grew, on average, where it was held out, epoch by epoch
@@ -170,7 +171,7 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                pull = 0 if self.let_go else self.pull
+                pull = 0 if self.drifts else self.pull * constants._EARLY if self.early else self.pull
                 total = total + pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)
@@ -409,8 +410,7 @@ class Oracle:
             self.judging = (self.apart >= 2 or self.knows) and self.estimated and enough
             if self.judging and self.apart >= 2:
                 self.look_back()
-            elif self.judging:
-                self.let_go = True
+            self.early = self.judging and self.apart < 2
         if self.judging:
             self.judge()
 
@@ -423,28 +423,29 @@ class Oracle:
         if right:
             now = statistics.fmean(right)
             chance = constants._BY_CHANCE * math.sqrt(2 * now * (1 - now) / len(right))
-            self.let_go = self.let_go or now < self.peak - max(constants._DRIFT, chance)
+            self.drifts = self.drifts or now < self.peak - max(constants._DRIFT, chance)
             self.peak = max(self.peak, now)
 
     def watch(self) -> None:
         self.knows = False
         seen = [i for i, sample in self.samples.items() if sample.epoch == self.epoch - 1 and i in self.given]
         held = [i for i in seen if self.codes.get(i) == HELD]
-        learns, ahead = self.grows_apart(seen, held) if self.epoch >= constants._START else (False, None)
+        compared = self.epoch >= constants._START
+        learns, begun, ahead = self.grows_apart(seen, held) if compared else (False, False, None)
         known = [i for i in seen if self.samples[i].pseudo is not None]
         if self.epoch >= constants._VISITS and known:
             found = self.wrong_shares(known)
             if not self.estimated:
                 self.wrong = found
-            elif learns:
+            elif learns and not begun:
                 self.wrong, self.readings = [min(pair) for pair in zip(self.wrong, found, strict=True)], []
             self.estimated = True
             wrong = statistics.fmean(found[g] for g in self.given.values())
             if ahead is not None:
                 self.readings.append((ahead, wrong))
-            self.look_whether_it_knows(wrong, known, learns)
+            self.look_whether_it_knows(wrong, known, idle=not learns and not begun)
 
-    def look_whether_it_knows(self, wrong: float, those: list[int], learns: bool) -> None:
+    def look_whether_it_knows(self, wrong: float, those: list[int], *, idle: bool) -> None:
         average, right = self.frequent(), 1 - wrong
         predicted = statistics.fmean(average[i].argmax().item() == self.given[i] for i in those)
         earlier = self.predicted[-2:]
@@ -454,7 +455,7 @@ class Oracle:
         learned, of_right = (predicted - earlier[0]) / len(earlier) / right, predicted / right
         few = learned <= constants._LEARNS and learned <= constants._FOR_EACH * wrong
         mostly = wrong >= constants._MOSTLY * (1 - predicted)
-        self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME and not learns
+        self.knows = of_right >= constants._KNOWS and few and mostly and wrong >= constants._SOME and idle
 
     def look_back(self) -> None:
         """Halfway from the shares that were read to what the later readings say of a time when nothing was known."""
@@ -466,9 +467,9 @@ class Oracle:
             before = min(1.0, statistics.fmean(y) - slope * statistics.fmean(x))
             self.wrong = [min(1.0, share * (now + max(now, before)) / (2 * now)) for share in self.wrong]
 
-    def grows_apart(self, seen: list[int], held: list[int]) -> tuple[bool, float | None]:
-        """Counts the epochs in which the labels trained on alone became likelier; whether the others still do, and by
-        how much the former are ahead."""
+    def grows_apart(self, seen: list[int], held: list[int]) -> tuple[bool, bool, float | None]:
+        """Counts the epochs in which the labels trained on alone became likelier; whether the others still do; whether
+        the former are ahead, and by how much."""
         growth = {}
         for i in seen:
             p, label = self.samples[i].pseudo, self.given[i]
@@ -478,14 +479,14 @@ class Oracle:
         inside, outside = ([growth[i] for i in seen if (i in held) == here] for here in (False, True))
         self.apart, before = 0, self.apart
         if min(len(inside), len(outside)) < constants._FEW:
-            return False, None
+            return False, False, None
         mean, error = statistics.fmean(outside), statistics.stdev(inside) / math.sqrt(len(outside))
         rise = mean - self.outsides[-2:][0] if self.outsides else 0.0
         self.outsides.append(mean)
         gap = statistics.fmean(inside) - mean
         if gap > max(constants._GAP, constants._JUDGE * error) + max(0, rise):
             self.apart = before + 1
-        return rise > constants._GROWTH and gap <= constants._READ * error, gap
+        return rise > constants._GROWTH, gap > constants._READ * error, gap
 
     def frequent(self) -> dict[int, Tensor]:
         """p̄ of each sample, of classes as frequent as they were given."""

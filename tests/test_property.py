@@ -387,11 +387,11 @@ class Training(RuleBasedStateMachine):
             return
         known = memory.selection
         assert (known.active, known.estimated, known.apart) == (oracle.judging, oracle.estimated, oracle.apart)
-        assert known.let_go == oracle.let_go
+        assert known.drifts == oracle.drifts
         assert_close(known.predicted, oracle.predicted[-2:])
         DONE["knew"] += known.active and not oracle.told and oracle.apart < 2
         assert_close(known.peak, oracle.peak)
-        DONE["drifted"] += known.let_go
+        DONE["drifted"] += known.drifts
         assert_close(known.growth, oracle.outsides[-2:])
         assert_close(known.share.tolist(), oracle.wrong, 1e-5)
         oracle.wrong = known.share.tolist()

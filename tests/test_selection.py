@@ -347,7 +347,9 @@ def test_labels_are_judged_where_the_right_ones_are_known() -> None:
     read = watched.one.share.clone()
     assert watched.ends(0.0, 0.0)
     assert watched.one.apart == 0
-    assert watched.one.let_go  # nothing is learned by heart that the regulariser would slow down
+    assert watched.one.early
+    assert not watched.one.drifts
+    assert_close(watched.one.hold, watched.one.pull / 3, 1e-6)  # little is learned by heart that it would slow down
     assert torch.equal(watched.one.share, read)  # nor was it, so that it had to be made good
     assert_close(read.mean().item(), 0.3, 0.05)
     assert_close((watched.one.code[:-1] == WRONG).double().mean().item(), read.double().mean().item(), 1e-3)
@@ -379,6 +381,17 @@ def test_a_network_that_still_learns_is_waited_for() -> None:
     assert not any(watched.ends(0.015 * e, 0.015 * e) for e in range(8))
     assert not watched.ends(0.12, 0.12)
     assert watched.ends(0.115, 0.115)
+
+
+def test_a_network_that_has_begun_to_learn_by_heart_is_waited_for() -> None:
+    """0.06 ahead is more than three standard errors, and less than tells that it does."""
+    watched = Watched(wrong=0.3, hard=0.0, spread=0.1)
+    for one in START:
+        watched.ends(*one)
+    assert not any(watched.ends(0.06, 0.0) for _ in range(5))
+    watched.ends(0.2, 0.0)
+    assert watched.ends(0.2, 0.0)
+    assert not watched.one.early
 
 
 def test_what_is_known_counts_after_the_warm_up() -> None:
@@ -541,7 +554,7 @@ def test_a_state_of_an_earlier_version_starts_to_compare() -> None:
     for _ in range(4):
         watched.ends(0.0, 0.0)
     state = watched.one.state_dict()
-    for name in ("first", "growth", "weight", "readings", "predicted", "peak", "let_go"):
+    for name in ("first", "growth", "weight", "readings", "predicted", "early", "peak", "drifts"):
         del state[name]
     other = Watched()
     assert not any(other.ends(3.0, 3.0 * e) for e in range(4))
@@ -888,7 +901,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "predicted alone": lambda s: s["selection"].update(predicted=0.5),
     "peak above 1": lambda s: s["selection"].update(peak=1.5),
     "peak NaN": lambda s: s["selection"].update(peak=math.nan),
-    "let_go is a number": lambda s: s["selection"].update(let_go=1),
+    "early is a number": lambda s: s["selection"].update(early=1),
+    "drifts is a number": lambda s: s["selection"].update(drifts=1),
     "apart below 0": lambda s: s["selection"].update(apart=-1),
     "apart is half": lambda s: s["selection"].update(apart=0.5),
     "agreement above 1": lambda s: s["selection"].update(agreement=[(1.5, 0.5)]),
@@ -1068,7 +1082,7 @@ def test_a_model_that_learns_nothing_by_heart_judges_labels_of_classes_that_it_k
 
 
 @pytest.mark.parametrize(
-    ("agreement", "number", "let_go"),
+    ("agreement", "number", "drifts"),
     [
         ([0.8, 0.85, 0.9, 0.95], 2000, False),
         ([0.8, 0.9, 0.88, 0.9], 2000, True),
@@ -1079,15 +1093,15 @@ def test_a_model_that_learns_nothing_by_heart_judges_labels_of_classes_that_it_k
     ],
 )
 def test_a_network_drifts_where_it_agrees_less_with_the_labels_it_trains_on(
-    agreement: list[float], number: int, let_go: bool
+    agreement: list[float], number: int, drifts: bool
 ) -> None:
     one = made(30)
     for share in agreement:
         one._look_for_drift(share, number)
-    assert one.let_go == let_go
+    assert one.drifts == drifts
     one._look_for_drift(0.0, 0)  # an epoch that saw nobody
     one._look_for_drift(1.0, number)
-    assert one.let_go == let_go  # there is no way back
+    assert one.drifts == drifts  # there is no way back
     assert one.peak == 1
 
 
@@ -1104,10 +1118,12 @@ def test_drift_is_looked_for_once_labels_are_judged_among_those_trained_on() -> 
     watched.table.learned[:-1] = torch.where(trained, LAST, 0).to(torch.uint8)
     watched.ends(0.4, 0.0)
     assert watched.one.peak == 1
-    assert not watched.one.let_go
+    assert not watched.one.drifts
     watched.table.learned[:-1][trained.nonzero()[:200, 0]] = 0
     watched.ends(0.4, 0.0)
-    assert watched.one.let_go
+    assert watched.one.drifts
+    assert not watched.one.early
+    assert watched.one.hold == 0
 
 
 def test_a_network_that_drifts_is_held_to_its_averages_no_more() -> None:
@@ -1128,7 +1144,7 @@ def test_a_network_that_drifts_is_held_to_its_averages_no_more() -> None:
         vars(known).update(changes)
         return fsr.loss(model(x), y, torch.arange(40)).item()
 
-    held, drifting, without = loss(), loss(let_go=True), loss(pull=0.0)
+    held, drifting, without = loss(), loss(drifts=True), loss(pull=0.0)
     assert drifting == pytest.approx(without)
     assert held < drifting - 0.1
 
