@@ -1,6 +1,6 @@
 """FSR beside plain training and ELR in settings that were drawn, not chosen: does it do harm, and what does it win?
 
-    python examples/benchmarks/any_setting.py --out DIR --fashion DIR [--settings 30] [--first 210]
+    python examples/benchmarks/any_setting.py --out DIR --fashion DIR [--settings 20] [--first 210]
     python examples/benchmarks/any_setting.py --out docs/results/any_setting.json --table
 
 A setting's number is the seed of all that is drawn: how many images of Fashion-MNIST and which, how many classes, a
@@ -260,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, a JSON file each")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's four IDX files; default: the hub")
-    parser.add_argument("--settings", type=positive, default=30, help="how many")
+    parser.add_argument("--settings", type=positive, default=20, help="how many")
     parser.add_argument("--first", type=int, default=210, help="the first one's number; FSR was mended by some below")
     parser.add_argument("--table", action="store_true", help="print what came out")
     parser.add_argument("--pack", type=Path, help="write all runs into one JSON file")
