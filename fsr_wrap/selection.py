@@ -235,8 +235,8 @@ class Selection:
     def _knows(self, wrong: float, predicted: float) -> bool:
         """Whether the network knows the right labels, and hardly learns more of them.
 
-        Wrong labels do harm to a network that learns none by heart too, the more so where few classes have most of
-        them. If it predicts nearly all labels but the wrong ones, the others can be told.
+        Wrong labels do harm to a network that learns none by heart too. Those that it does not predict are then mostly
+        the wrong ones, and nothing is gained by waiting.
 
         **Arguments:** the shares of labels that are wrong, and that it predicts.
         """

@@ -120,6 +120,7 @@ def outcome(core: nn.Module, fsr: FSRWrapper) -> State:
                 "estimated",
                 "apart",
                 "predicted",
+                "early",
                 "peak",
             )
         }

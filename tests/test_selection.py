@@ -1047,8 +1047,8 @@ def test_right_labels_are_left_alone() -> None:
     assert (fsr._memory.selection.code == WRONG).double().mean() < 0.02
 
 
-def train_linear(apart: float, wrong: float, wrap: bool) -> tuple[float, bool]:
-    """The accuracy of a linear model, which learns nothing by heart, on right labels; whether any were judged."""
+def train_linear(apart: float, wrong: float, wrap: bool) -> tuple[float, Selection | None]:
+    """The accuracy of a linear model, which learns nothing by heart, on right labels; what is known of those given."""
     torch.manual_seed(0)
     true, model = torch.randint(4, (24000,)), nn.Linear(6, 4)
     x = torch.randn(24000, 6) + apart * F.one_hot(true, 6)
@@ -1063,18 +1063,24 @@ def train_linear(apart: float, wrong: float, wrap: bool) -> tuple[float, bool]:
             loss.backward()
             (fsr or sgd).step()
     with torch.no_grad():
-        return (model(x[4000:]).argmax(1) == true[4000:]).double().mean().item(), fsr is not None and fsr.is_reweighting
+        accuracy = (model(x[4000:]).argmax(1) == true[4000:]).double().mean().item()
+    return accuracy, None if fsr is None else fsr._memory.selection
 
 
 def test_a_model_that_learns_nothing_by_heart_trains_plainly_on_right_labels_that_are_hard() -> None:
-    accuracy, judged = train_linear(1.0, 0.0, wrap=True)
-    assert not judged
+    accuracy, known = train_linear(1.0, 0.0, wrap=True)
+    assert known is not None
+    assert not known.active
+    assert TRAINED in known.code
     assert 0.5 < accuracy < 0.6
 
 
 def test_a_model_that_learns_nothing_by_heart_judges_labels_of_classes_that_it_knows() -> None:
-    accuracy, judged = train_linear(3.0, 0.6, wrap=True)
-    assert judged
+    accuracy, known = train_linear(3.0, 0.6, wrap=True)
+    assert known is not None
+    assert known.active
+    assert known.estimated
+    assert_close(known.share, torch.full((4,), 0.45), 0.12)
     assert accuracy > train_linear(3.0, 0.6, wrap=False)[0] + 0.005
 
 
