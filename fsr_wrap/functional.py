@@ -20,6 +20,7 @@ HeadFn = Callable[[Params, Any], Tensor]
 """A head as a function: (parameters, features (b, ...), or whatever it takes) → logits (b, C)."""
 SHUT = -1e4
 """Logits below are of classes that a mask shuts out."""
+_MARGIN, _ALIKE = 7.0, 3.0  # of a class with hardly any samples; how many times as large a class may be and be no tail
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -319,6 +320,33 @@ def sharpen(probability: Tensor) -> Tensor:
     """p² / Σp², a pseudo-label from averaged probabilities (temperature ½). (b, C) → (b, C); zeros stay zeros."""
     square = probability.square()
     return square / square.sum(1, keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def class_margins(number: Tensor) -> Tensor:
+    """By how much the logit of a label must be ahead, by class: the fewer samples, the more (Cao et al., NeurIPS 2019).
+
+        m_c = 7·(1 − (3 n_min/n_max)^¼)·(n_min/n_c)^¼,  0 where n_max ≤ 3 n_min
+
+    **Arguments:** `number`, n_c (C,); classes without samples have no margin, and none depends on them.
+
+    **Returns:** (C,) float64, 4.1 for the smallest class if the largest has 100 times its samples.
+    """
+    there, number = number > 0, number.double()
+    if not there.any():
+        return torch.zeros_like(number)
+    least, most = number[there].amin(), number.amax()
+    largest = _MARGIN * (1 - (_ALIKE * least / most).clamp(max=1) ** 0.25)
+    return torch.where(there, largest * (least / number.clamp(min=1)) ** 0.25, 0)
+
+
+def held_back(logits: Tensor, target: Tensor, margin: Tensor) -> Tensor:
+    """The logits, those that the target asks for lowered by their class's margin.
+
+    **Arguments:** `logits` (b, C); `target` (b, C), rows of any sum, whose margin is that of their classes on average;
+    `margin` (C,).
+    """
+    share = target / target.sum(1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    return logits - share * margin.to(logits.dtype)
 
 
 def early_learning(logits: Tensor, average: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     if "log_prior" in state:
         prior = _tensor(state, "log_prior", torch.float32, (classes,))
         _need(bool(prior.isfinite().all()), "log_prior", "NaN or infinity")
+    if "margin" in state:
+        margin = _tensor(state, "margin", torch.float32, (classes,))
+        _need(bool((margin.isfinite() & (margin >= 0)).all()), "margin", "no margins")
     if "plan" in state:
         _check_plan(state["plan"], state["dictionary"], planned)
     _check_metrics(state, metrics)

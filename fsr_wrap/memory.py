@@ -13,7 +13,7 @@ from .collisions import GivenLabels
 from .config import FSRConfig
 from .dictionary import RewardDictionary
 from .distributed import world_size
-from .functional import effective_sample_size
+from .functional import class_margins, effective_sample_size
 from .history import SUMS, History, dictionary_agreement
 from .loading import Unfit, check_fit, check_state
 from .pushers import ScoreTable, stored_epoch
@@ -65,6 +65,7 @@ class Memory:
         self.gradient: dict[str, Tensor] = {}  # G and the reward loss, where they serve for several steps
         self.gradient_age = 0
         self.log_prior: Tensor | None = None  # τ log π of each class, from the end of the first epoch on
+        self.margin: Tensor | None = None  # (C,), by how much labels must be ahead; see `functional.class_margins`
         self.plan: Tensor | None = None  # the next reward batches: slots, rows, labels (3, 16, q)
         self.planned = 0  # those of them that were used
         # Steps whose metrics are not in the sums yet: weights, losses, reward loss, two numbers skipped; and b.
@@ -120,6 +121,7 @@ class Memory:
         if self.selection is not None:
             self.selection.to(device)
         self.log_prior = None if self.log_prior is None else self.log_prior.to(device)
+        self.margin = None if self.margin is None else self.margin.to(device)
         self.sums = self.counted().to(device)
         self.history.to(device)
         self.plan = None if self.plan is None else self.plan.to(device)
@@ -180,11 +182,16 @@ class Memory:
         return self.visits.seen.int() + seen, self.visits.unused.int() + (seen & unused)
 
     def _count_classes(self, given: Tensor) -> None:
-        """The prior: how often each class was given, labels that are taken for wrong left out."""
+        """How often each class was given, labels that are taken for wrong left out: the prior, and the margins."""
         counts = given >= 0
         if self.selection is not None:
             counts &= self.selection.code[:-1] != WRONG
         number = torch.bincount(given[counts].long(), minlength=self.dictionary.num_classes)
+        self.margin = None
+        # As long as labels are not judged margins would teach wrong ones, most of which are those of rare classes.
+        if self.selection is not None and self.selection.active:
+            margin = (class_margins(number) * self.balance).float()
+            self.margin = margin if margin.any() else None
         number = number.clamp(min=1).double()
         self.log_prior = (self.balance * (number / number.mean()).log()).float()
 
@@ -327,6 +334,8 @@ class Memory:
                 state["selection"] = self.selection.state_dict()
             if self.log_prior is not None:
                 state["log_prior"] = self.log_prior.clone()
+            if self.margin is not None:
+                state["margin"] = self.margin.clone()
             if self.plan is not None:
                 state["plan"] = self.plan.clone()
         return state
@@ -382,4 +391,6 @@ class Memory:
                 self.selection.load_state_dict(state["selection"])
             if "log_prior" in state and config.class_balance:
                 self.log_prior = state["log_prior"].clone()
+            if "margin" in state and config.class_balance and config.selects:
+                self.margin = state["margin"].clone()
         return self

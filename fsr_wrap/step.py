@@ -26,7 +26,7 @@ from .pushers import Pusher, Visit
 class _Decision:
     """How a batch is trained on: the weights (b,), the targets with the weights in them (b, C), b everywhere, the
     averaged probabilities that predictions are pulled to, (b, C), if they are, and by how much, and the classes'
-    log-prior (C,)."""
+    log-prior and margins (C,)."""
 
     weights: Tensor
     target: Tensor
@@ -34,6 +34,7 @@ class _Decision:
     average: Tensor | None = None
     pull: float = 0.0
     prior: Tensor | None = None
+    margin: Tensor | None = None
 
 
 @dataclass
@@ -122,10 +123,12 @@ class Reweighting:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
             with self.intake.apart(logits.device.type), kept:
                 decision = self._decide(batch, logits.detach(), adjusted.detach())
-            size, decision.prior = decision.size, prior
+            size, decision.prior, decision.margin = decision.size, prior, self.memory.margin
             if self._recorded is not None:
                 self._recorded.append(decision)
         # Σ ω_i ℓ_i + Σ s_i CE(ŷ_i) is one cross-entropy, with the targets ω_i y_i + s_i ŷ_i.
+        if decision.margin is not None:
+            adjusted = functional.held_back(adjusted, decision.target, decision.margin)
         loss = functional.cross_entropy(adjusted, decision.target, reduction="sum")
         if decision.average is not None:
             pull = functional.early_learning(logits, decision.average)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsr_wrap import functional as formulas  # its numbers alone, as those below
 from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
 from fsr_wrap import shares as estimates  # its numbers too
 
@@ -103,6 +104,7 @@ class Oracle:
     ) -> None:
         self.c, self.classes, self.per_epoch, self.deep = c, classes, per_epoch, deep
         self.prior = torch.zeros(classes, dtype=torch.float64)  # τ log π
+        self.margin = [0.0] * classes  # by how much labels must be ahead
         self.given: dict[int, int] = {}  # the label of each sample, as it came last
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
@@ -178,7 +180,9 @@ class Oracle:
             pseudo, share = self.relabel(batch, clean_logits, rows, b)
             wanted = [weights[i] * target[i] + share[i] * pseudo[i] for i in range(b)]
         for i in rows:
-            total = total + cross_entropy((logits[i] + self.prior)[None], wanted[i][None])[0]
+            asked = wanted[i] / wanted[i].sum() if wanted[i].sum() > 0 else wanted[i]
+            behind = torch.stack([asked[c] * self.margin[c] for c in range(self.classes)])
+            total = total + cross_entropy((logits[i] + self.prior - behind)[None], wanted[i][None])[0]
         trained = total if total.requires_grad else 0 * logits.sum()
         gradient = dict(zip(leaves, torch.autograd.grad(trained, list(leaves.values())), strict=True))
 
@@ -564,6 +568,13 @@ class Oracle:
         share = torch.tensor([float(max(1, believed.count(g))) for g in range(self.classes)], dtype=torch.float64)
         more = 1 - self.pull if self.judging else 0.0
         self.prior = (1 + more) * self.c.class_balance * (share / share.sum()).log()
+        sizes = {g: believed.count(g) for g in set(believed)} if self.judging else {}
+        self.margin = [0.0] * self.classes
+        fewest, most = min(sizes.values(), default=1), max(sizes.values(), default=1)
+        if most > formulas._ALIKE * fewest:
+            rarest = formulas._MARGIN * (1 - math.sqrt(math.sqrt(formulas._ALIKE * fewest / most)))
+            for g, size in sizes.items():
+                self.margin[g] = (1 + more) * self.c.class_balance * rarest * math.sqrt(math.sqrt(fewest / size))
 
     # --- the dictionary ----------------------------------------------------------------------------------------------
 

@@ -390,6 +390,26 @@ def test_the_surest_their_own_and_the_mean_of_averages(monkeypatch):
     assert_close(mean, expected.sum(0) / 4, 2e-3)
 
 
+def test_margins_of_rare_classes(monkeypatch):
+    """Sixteen times as few samples as in the largest class, twice the margin; classes of no samples have none."""
+    monkeypatch.setattr(fsr, "_MARGIN", 8.0)
+    monkeypatch.setattr(fsr, "_ALIKE", 1.0)
+    found = fsr.class_margins(torch.tensor([256, 16, 0, 1]))
+    assert_close(found, torch.tensor([1.5, 3.0, 0.0, 6.0]).double())  # 8 · (1 − 1/4) for the rarest
+    monkeypatch.setattr(fsr, "_ALIKE", 16.0)
+    assert_close(fsr.class_margins(torch.tensor([256, 16, 0, 1])), torch.tensor([1.0, 2.0, 0.0, 4.0]).double())
+    for alike in ([16, 1, 7], [5, 5, 0], [3, 0, 0], [0, 0, 0]):
+        assert not fsr.class_margins(torch.tensor(alike)).any()
+
+
+def test_logits_held_back_by_a_margin():
+    """The loss of LDAM for one class; a soft target's margin is that of its classes on average, whatever its weight."""
+    logits, margin = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.5, 1.0, 0.0, 2.0])
+    target = torch.tensor([[0.0, 0.2, 0, 0], [0.3, 0, 0, 0.1], [0, 0, 0, 0]]).double()
+    behind = logits - torch.tensor([[0, 1.0, 0, 0], [0.375, 0, 0, 0.5], [0, 0, 0, 0]]).double()
+    assert_close(fsr.held_back(logits, target, margin), behind)
+
+
 @pytest.mark.parametrize("beta", [0.5, 1.0, 0.2])
 def test_mixup_coefficients(beta):
     share = fsr.mixup_coefficients(torch.rand(200_000), beta)

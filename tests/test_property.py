@@ -32,7 +32,7 @@ from oracle import Batch, Oracle, Result
 from test_wrapper import frozen
 from torch import Tensor, nn
 
-from fsr_wrap import FSRWrapper, selection, shares
+from fsr_wrap import FSRWrapper, functional, selection, shares
 from fsr_wrap.relabel import Reading
 
 EXAMPLES = int(os.environ.get("FSR_PROPERTY_EXAMPLES", 0))
@@ -142,7 +142,7 @@ SMALL = {
     "_JUDGE": 0.1,
     "_GROWTH": 0.0,
 }
-SMALL |= {"_ANCHORS": 0.5, "_FEW_ANCHORS": 3, "_FEW": 2, "_TELL_LITTLE": 2}
+SMALL |= {"_ANCHORS": 0.5, "_FEW_ANCHORS": 3, "_FEW": 2, "_TELL_LITTLE": 2, "_ALIKE": 1.0}
 
 
 WAYS = ["state_dict", "file", "save", "deepcopy", "pickle"]
@@ -242,7 +242,8 @@ class Training(RuleBasedStateMachine):
         self.setup = setup = data.draw(setups(self.case, self.selects))
         self.patch = pytest.MonkeyPatch()
         for name, value in setup.constants.items():
-            self.patch.setattr(selection if hasattr(selection, name) else shares, name, value)
+            [module] = (module for module in (selection, shares, functional) if hasattr(module, name))
+            self.patch.setattr(module, name, value)
         self.model, self.fsr = setup.build()
         self.config = self.fsr.config
         self.tol = 1e-9 if setup.double else 2e-4
@@ -382,6 +383,9 @@ class Training(RuleBasedStateMachine):
         gap = found - oracle.prior
         assert_close(gap, gap.mean().expand(len(gap)))
         oracle.prior = found.double()
+        margin = torch.zeros(self.setup.classes) if memory.margin is None else memory.margin
+        assert_close(margin.tolist(), oracle.margin)
+        DONE["margins"] += memory.margin is not None
         if memory.selection is None:
             assert not oracle.selects
             return

@@ -16,7 +16,7 @@ from helpers import assert_close
 from test_wrapper import frozen
 from torch import Tensor, nn
 
-from fsr_wrap import FSRWrapper
+from fsr_wrap import FSRWrapper, functional
 from fsr_wrap.memory import Memory
 from fsr_wrap.pushers import LAST, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
@@ -808,19 +808,48 @@ def test_labels_that_come_with_mixed_targets_are_judged() -> None:
 @pytest.mark.parametrize(
     ("active", "pull", "times"), [(False, 0.0, 1.0), (True, 0.0, 2.0), (True, 0.4, 1.6), (True, 1.0, 1.0)]
 )
-def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior(
+def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior_and_of_margins(
     active: bool, pull: float, times: float
 ) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=90, class_balance=0.8)
-    fsr.loss(model(torch.randn(90, 4)), (torch.arange(90) < 30).long(), torch.arange(90)).backward()
+    fsr.loss(model(torch.randn(90, 4)), (torch.arange(90) < 9).long(), torch.arange(90)).backward()
     memory = fsr._memory
     assert memory.selection is not None
     memory.selection.active, memory.selection.pull = active, pull
     memory._count_classes(memory.given.known())
     assert memory.log_prior is not None
-    assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), times * 0.8 * math.log(2))
+    assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), times * 0.8 * math.log(9))
+    if not active:
+        assert memory.margin is None
+        return
+    rarest = times * 0.8 * functional._MARGIN * (1 - (functional._ALIKE / 9) ** 0.25)
+    assert memory.margin is not None
+    assert_close(memory.margin.tolist(), [rarest * 9**-0.25, rarest])
+
+
+def test_once_labels_are_judged_those_of_rare_classes_are_held_back() -> None:
+    """The loss is that of the logits less the margins; no classes of one size have any."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(60, 4, dtype=torch.float64)
+    for rare, there in ((10, True), (18, False)):
+        fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.0), num_samples=60, relabel_weight=0.0)
+        y = torch.zeros(60, dtype=torch.long)
+        y[:rare], y[rare : 2 * rare - 4] = 2, 1
+        for _ in range(2):
+            fsr.loss(model(x), y, torch.arange(60)).backward()
+            memory = fsr._memory
+            assert memory.selection is not None
+            memory.selection.active = True
+            memory.selection.weight.fill_(1)
+            memory.selection.code.fill_(TRAINED)
+        memory._count_classes(memory.given.known())
+        assert (memory.margin is not None) == there
+        margin = torch.zeros(3) if memory.margin is None else memory.margin
+        assert memory.log_prior is not None
+        logits = model(x) + memory.log_prior - F.one_hot(y, 3) * margin
+        assert_close(fsr.loss(model(x), y, torch.arange(60)), F.cross_entropy(logits, y), 1e-6)
 
 
 def test_a_sample_whose_target_shows_another_class_takes_no_pseudo_label() -> None:
