@@ -131,10 +131,14 @@ class Selection:
         """
         return 2 - self.pull if self.active else 1.0
 
-    @property
-    def hold(self) -> float:
-        """In [0, 1], how much of the regulariser there is. It slows down learning by heart, and may do harm besides."""
-        return 0.0 if self.drifts else self.pull * (_EARLY if self.early else 1.0)
+    def hold(self, *, tail: bool) -> float:
+        """In [0, 1], how much of the regulariser there is. It slows down learning by heart, and may do harm besides.
+
+        In a long `tail` it holds rare classes where they were before they got their margins: it takes more wrong labels
+        to be worth it.
+        """
+        part = max(0.0, 2 * self.pull - 1) if tail else self.pull
+        return 0.0 if self.drifts else part * (_EARLY if self.early else 1.0)
 
     def end_epoch(
         self,

@@ -223,7 +223,8 @@ class Reweighting:
 
     def _select(self, batch: Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor) -> _Decision:
         """The batch's targets where labels are judged: what is missing of their weights goes to the average so far."""
-        store, selection, mix = self.memory.pseudo, self.memory.selection, batch.mix
+        memory, mix = self.memory, batch.mix
+        store, selection = memory.pseudo, memory.selection
         assert store is not None
         assert selection is not None
         assert seen.stored is not None
@@ -235,7 +236,7 @@ class Reweighting:
         average = functional.distribution(seen.stored * (seen.is_open & (row >= 0)[:, None]))
         share = (1 - selection.weight[seen.index].to(weights.dtype)) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
-        pull = selection.hold * self.config.relabel_weight
+        pull = selection.hold(tail=memory.margin is not None) * self.config.relabel_weight
         return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)
 
     def _mixed(self, batch: Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                pull = 0 if self.drifts else self.pull * constants._EARLY if self.early else self.pull
+                pull = max(0.0, 2 * self.pull - 1) if any(self.margin) else self.pull
+                pull = 0 if self.drifts else pull * constants._EARLY if self.early else pull
                 total = total + pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)

@@ -349,7 +349,9 @@ def test_labels_are_judged_where_the_right_ones_are_known() -> None:
     assert watched.one.apart == 0
     assert watched.one.early
     assert not watched.one.drifts
-    assert_close(watched.one.hold, watched.one.pull / 3, 1e-6)  # little is learned by heart that it would slow down
+    assert_close(
+        watched.one.hold(tail=False), watched.one.pull / 3, 1e-6
+    )  # little is learned by heart that it would slow down
     assert torch.equal(watched.one.share, read)  # nor was it, so that it had to be made good
     assert_close(read.mean().item(), 0.3, 0.05)
     assert_close((watched.one.code[:-1] == WRONG).double().mean().item(), read.double().mean().item(), 1e-3)
@@ -829,6 +831,13 @@ def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior_and_o
     assert_close(memory.margin.tolist(), [rarest * 9**-0.25, rarest])
 
 
+@pytest.mark.parametrize(("pull", "held"), [(0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
+def test_in_a_long_tail_the_regulariser_needs_more_wrong_labels(pull: float, held: float) -> None:
+    one = Selection(10, 2, known=True, seed=0, device="cpu")
+    one.pull = pull
+    assert (one.hold(tail=False), one.hold(tail=True)) == (pull, held)
+
+
 def test_once_labels_are_judged_those_of_rare_classes_are_held_back() -> None:
     """The loss is that of the logits less the margins; no classes of one size have any."""
     torch.manual_seed(0)
@@ -970,6 +979,10 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "codes in int64": lambda s: s["selection"].update(code=s["selection"]["code"].long()),
     "prior NaN": lambda s: s["log_prior"].fill_(math.nan),
     "prior of other classes": lambda s: s.update(log_prior=s["log_prior"][1:]),
+    "margin NaN": lambda s: s.update(margin=torch.full((4,), math.nan)),
+    "margin below 0": lambda s: s.update(margin=torch.tensor([0.0, 1.0, -1.0, 0.0])),
+    "margins of other classes": lambda s: s.update(margin=torch.ones(3)),
+    "margins in float64": lambda s: s.update(margin=torch.ones(4).double()),
     "no averages": lambda s: s.pop("pseudo"),
     "no given labels": lambda s: s.pop("given"),
     "not learned": lambda s: s["table"].pop("learned"),
@@ -1158,7 +1171,7 @@ def test_drift_is_looked_for_once_labels_are_judged_among_those_trained_on() -> 
     watched.ends(0.4, 0.0)
     assert watched.one.drifts
     assert not watched.one.early
-    assert watched.one.hold == 0
+    assert watched.one.hold(tail=False) == 0
 
 
 def test_a_network_that_drifts_is_held_to_its_averages_no_more() -> None:
