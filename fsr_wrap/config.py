@@ -48,10 +48,10 @@ class FSRConfig:
         u = score − min(score) + 1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what
         re-labelling does alone.
     - `class_balance`: τ, the loss is that of the logits + τ log(share of the class) (Menon et al., ICLR 2021; 1 is the
-        balanced softmax), under `"select"` up to twice that once right labels are learned by heart, and the labels of
-        rare classes must then be ahead by a margin (Cao et al., NeurIPS 2019). At 1 it trains for a test set in which
-        every class counts the same; where yours has the training set's shares, pass 0. Without effect where classes are
-        of one size.
+        balanced softmax), under `"select"` up to twice that once right labels are learned by heart. Once labels are
+        judged those of rare classes must be ahead by a margin as well (Cao et al., NeurIPS 2019). At 1 it trains for a
+        test set in which every class counts the same; where yours has the training set's shares, pass 0. Without effect
+        where classes are of one size.
     - `warmup_epochs`: E, epochs of plain training at least. Under the paper's rules re-weighting begins after them
         (Algorithm 1); the first epoch is always plain, as there is no dictionary yet, and the deferred schedule of
         Section 5.2 is E = 160 of 200. Under `"select"` the training itself tells when.

@@ -349,9 +349,8 @@ def test_labels_are_judged_where_the_right_ones_are_known() -> None:
     assert watched.one.apart == 0
     assert watched.one.early
     assert not watched.one.drifts
-    assert_close(
-        watched.one.hold(tail=False), watched.one.pull / 3, 1e-6
-    )  # little is learned by heart that it would slow down
+    # Little is learned by heart that the regulariser would slow down.
+    assert_close(watched.one.hold(tail=False), watched.one.pull / 3, 1e-6)
     assert torch.equal(watched.one.share, read)  # nor was it, so that it had to be made good
     assert_close(read.mean().item(), 0.3, 0.05)
     assert_close((watched.one.code[:-1] == WRONG).double().mean().item(), read.double().mean().item(), 1e-3)
