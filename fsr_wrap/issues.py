@@ -88,13 +88,13 @@ def weigh_evidence(
     **Raises:** `ValueError` if it is to be `calibrated` and there is neither.
     """
     pusher, seen, selects = memory.config.pusher_name, given >= 0, memory.config.selects
-    margin = score
+    margin = score if opinion is None else score - opinion.against
     if log_prior is not None and opinion is not None:
-        margin = score + log_prior[given.clamp(min=0)] - log_prior[opinion.rival]
+        margin = margin + log_prior[given.clamp(min=0)] - log_prior[opinion.rival]
     scaled = {"area_under_margin": margin.sigmoid(), "negative_loss": score.exp().clamp(max=1)}.get(pusher)
     if opinion is not None and (selects or scaled is None):
         quality = opinion.own if scaled is None else (opinion.own + scaled) / 2
-        doubted, confident = opinion.predicted != given, opinion.confident
+        doubted, confident = opinion.doubted, opinion.confident
     elif scaled is not None:
         quality, value = scaled, margin if pusher == "area_under_margin" else 2 * scaled - 1
         doubted = value < 0

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .confusions import log_ratio
 from .functional import distribution
 from .memory import Memory
 from .relabel import Largest
@@ -21,14 +22,17 @@ class Opinion:
     """What the network thinks of the given labels, (N,) each, on the host.
 
     **Arguments:** `own`, the averaged probability of the given label; `rival`, the likeliest other class; `predicted`,
-    the likeliest of all; `confident`, whether another class is as likely as it is on average for the samples that were
-    given it (confident learning; Northcutt et al., JAIR 2021).
+    the likeliest of all; `doubted`, whether that is another class; `confident`, whether another class is as likely as
+    it is on average for the samples that were given it (confident learning; Northcutt et al., JAIR 2021). `against`:
+    `log_ratio`, which `own`, `doubted` and `predicted` take into account.
     """
 
     own: Tensor
     rival: Tensor
     predicted: Tensor
+    doubted: Tensor
     confident: Tensor
+    against: Tensor
 
 
 class Rows(Protocol):
@@ -200,8 +204,9 @@ def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> O
     columns = []
     for where, rows in predictions(memory, log_prior):
         label = given[where].clamp(min=0)
-        columns.append((rows.own(label), rows.likeliest(besides=label), rows.likeliest()))
-    own, rival, predicted = (torch.cat(column) for column in zip(*columns, strict=True))
+        rival = rows.likeliest(besides=label)
+        columns.append((rows.own(label), rival, rows.own(rival), rows.likeliest()))
+    own, rival, other, predicted = (torch.cat(column) for column in zip(*columns, strict=True))
     seen, classes = given >= 0, memory.pseudo.num_classes
     number = torch.bincount(given[seen], minlength=classes)
     usual = torch.bincount(given[seen], own[seen].double(), minlength=classes) / number  # NaN: of no sample
@@ -209,4 +214,14 @@ def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> O
     for where, rows in predictions(memory, log_prior):
         surest = rows.surest(usual.float())
         confident[where] = (surest >= 0) & (surest != given[where]) & seen[where]
-    return Opinion(own, rival, predicted, confident)
+    doubted, against = predicted != given, torch.zeros_like(own)
+    if memory.config.selects:
+        everybody = given.new_full((len(memory.pseudo),), -1)
+        everybody[: len(given)] = given
+        found = log_ratio(memory.pseudo, everybody, log_prior)
+        if found is not None:
+            against = found[: len(given)]
+            odds = against.exp()
+            doubted, own = other * odds > own, own / (own + (1 - own) * odds)
+            predicted = torch.where(doubted & (predicted == given), rival, predicted)
+    return Opinion(own, rival, predicted, doubted, confident, against)

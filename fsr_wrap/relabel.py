@@ -102,12 +102,14 @@ def get_storage(storage: str | int) -> Storage:
 
 class Reading(NamedTuple):
     """Of each sample, the averaged probability of its label, (N,), the largest and its class, (N,); of all, their mean,
-    (C,). On the host. Where a sample was never seen, the former two are 0, and it has no part in the mean."""
+    (C,); of each sample, the likeliest class besides its label, (N,). On the host. Where a sample was never seen, the
+    former two are 0, and it has no part in the mean."""
 
     own: Tensor
     confidence: Tensor
     predicted: Tensor
     mean: Tensor
+    rival: Tensor
 
 
 class PseudoLabels:
@@ -208,14 +210,14 @@ class PseudoLabels:
         own, best = [], []
         mean = self.columns["logits"].new_zeros(self.num_classes, dtype=torch.float64)
         for where, values in self.parts():
-            usual = distribution(values)
-            own.append(usual.gather(1, label[where, None].clamp(min=0).to(values.device))[:, 0].cpu())
+            usual, asked = distribution(values), label[where, None].clamp(min=0).to(values.device)
+            own.append(usual.gather(1, asked)[:, 0].cpu())
             if log_prior is not None:
                 usual = distribution(values * log_prior.to(values.device).exp())
             mean += usual.sum(0)
-            best.append([one.cpu() for one in usual.max(1)])
-        confidence, predicted = (torch.cat(column) for column in zip(*best, strict=True))
-        return Reading(torch.cat(own), confidence, predicted, (mean / mean.sum().clamp(min=1)).cpu())
+            best.append([one.cpu() for one in (*usual.max(1), usual.scatter(1, asked, -1).argmax(1))])
+        confidence, predicted, rival = (torch.cat(column) for column in zip(*best, strict=True))
+        return Reading(torch.cat(own), confidence, predicted, (mean / mean.sum().clamp(min=1)).cpu(), rival)
 
     def _write(self, row: Tensor, values: Tensor, is_open: Tensor) -> None:
         for name, column in self.storage.encode(values, is_open).items():

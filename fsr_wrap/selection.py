@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .confusions import log_ratio
 from .pushers import LAST, ScoreTable, stored_epoch
 from .relabel import PseudoLabels, Reading
 from .shares import anchors, likely_right, rank_within, wrong_shares
@@ -180,7 +181,9 @@ class Selection:
                 self._look_back(given[given >= 0])
             self.early = self.active and not by_heart
         if self.active:
-            self._judge(table.score[:-1].cpu(), given)
+            score = table.score[:-1].cpu()
+            against = log_ratio(average, given, log_prior) if self._log_odds else None
+            self._judge(score if against is None else score - against, given)
         agreement = {"agreement": trained, "held_out_agreement": held}
         told: dict[str, float | None] = {name: one for name, (one, number) in agreement.items() if number}
         if self.estimated:
@@ -222,7 +225,7 @@ class Selection:
 
         **Returns:** whether the network knows the right labels.
         """
-        _, confidence, predicted, prior = reading
+        _, confidence, predicted, prior, _ = reading
         averaged = seen & (confidence > 0)
         if not averaged.any():
             return False

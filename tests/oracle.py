@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsr_wrap import confusions
 from fsr_wrap import functional as formulas  # its numbers alone, as those below
 from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
 from fsr_wrap import shares as estimates  # its numbers too
@@ -121,6 +122,8 @@ class Oracle:
         self.right: dict[int, float] = {}  # how likely each label is right, once they are judged
         self.surest: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
         self.own: Callable[[int, float], float] = lambda i, value: value  # the same, rounded
+        self.rival: Callable[[int, Tensor, int], int] = lambda i, p, best: best  # as likely but for rounding
+        self.against: Callable[[dict[int, float]], dict[int, float]] = lambda values: values  # the same, rounded
         self.quota = max(1, c.dictionary_size // classes)
         self.epoch = self.consumed = self.age = 0
         self.samples: dict[int, Sample] = {}
@@ -417,7 +420,7 @@ class Oracle:
                 self.look_back()
             self.early = self.judging and self.apart < 2
         if self.judging:
-            self.judge()
+            self.judge(self.against(self.log_ratios()) if self.log_odds else {})
 
     def look_for_drift(self) -> None:
         right = [
@@ -536,20 +539,57 @@ class Oracle:
             shares.append(torch.tensor(share, dtype=torch.float32).item())
         return shares
 
-    def judge(self) -> None:
+    def log_ratios(self) -> dict[int, float]:
+        """Of each sample of which p̄ is known: how much likelier its label is if it is wrong than if it is right, by
+        the other classes that are likely."""
+        average = {i: p for i, p in self.frequent().items() if i in self.given}
+        everybody = range(self.classes)
+        n, r = ([[0] * self.classes for _ in everybody] for _ in range(2))
+        for c, those in enumerate(self.anchors(list(average))):
+            for i in those:
+                n[self.given[i]][c] += self.given[i] != c
+        for i, p in average.items():
+            g = self.given[i]
+            if p.argmax().item() == g and self.surest(i, p[g].item()) < 1:
+                others = [a for a in everybody if a != g]
+                r[g][self.rival(i, p, max(others, key=lambda a: (p[a].item(), -a)))] += 1
+        pairs = [(g, a) for g in everybody for a in everybody if g != a]
+        u, v = [1.0] * self.classes, [1.0] * self.classes
+        for _ in range(confusions._STEPS):
+            for g in everybody:
+                mass = sum(u[a] * (1 + r[g][a]) for a in everybody if a != g)
+                v[g] = sum(n[g]) / max(mass, confusions._LEAST)
+            for a in everybody:
+                mass = sum(v[g] * (1 + r[g][a]) for g in everybody if g != a)
+                u[a] = sum(n[g][a] for g in everybody) / max(mass, confusions._LEAST)
+        e = {(g, a): v[g] * u[a] * (1 + r[g][a]) for g, a in pairs}
+        excess = sum((n[g][a] - e[g, a]) ** 2 - n[g][a] for g, a in pairs)
+        squares = sum(x * x for x in e.values())
+        if excess <= 0 or squares <= 0:
+            return dict.fromkeys(average, 0.0)
+        k = squares / excess
+        log = {(g, a): math.log((k + n[g][a]) / (k + e[g, a])) for g, a in pairs}
+        found = {}
+        for i, p in average.items():
+            g = self.given[i]
+            mass = {a: p[a].item() for a in everybody if a != g}
+            found[i] = sum(mass[a] * log[g, a] for a in mass) / max(sum(mass.values()), confusions._LEAST)
+        return found
+
+    def judge(self, against: dict[int, float] | None = None) -> None:
         self.codes = {}
+        height = {i: self.samples[i].score - (against or {}).get(i, 0.0) for i in self.given}
         for g in range(self.classes):
-            those = sorted((i for i in self.given if self.given[i] == g), key=lambda i: (self.samples[i].score, i))
+            those = sorted((i for i in self.given if self.given[i] == g), key=lambda i: (height[i], i))
             self.codes.update(dict.fromkeys(those[: int(len(those) * self.wrong[g])], WRONG))
-            self.right.update(self.likely([i for i in self.given if self.given[i] == g], self.wrong[g]))
+            self.right.update(self.likely(those, self.wrong[g], height))
         taken = list(self.codes.values()).count(WRONG)
         self.pull = min(1.0, taken / max(1, len(self.given)) / constants._NOISY)
 
-    def likely(self, those: list[int], share: float) -> dict[int, float]:
+    def likely(self, those: list[int], share: float, height: dict[int, float]) -> dict[int, float]:
         """How likely the labels of one class are right: by how high they are above a score, such that as many are
-        wrong as there should be."""
-        order = sorted(those, key=lambda i: (self.samples[i].score, i))
-        height = {i: self.samples[i].score if self.log_odds else float(order.index(i)) for i in those}
+        wrong as there should be. `those` from the lowest on."""
+        height = {i: height[i] if self.log_odds else float(those.index(i)) for i in those}
 
         def right(bar: float) -> dict[int, float]:
             odds = {i: estimates._SHARPNESS * (height[i] - bar) for i in those}

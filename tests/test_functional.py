@@ -372,22 +372,26 @@ def test_the_surest_their_own_and_the_mean_of_averages(monkeypatch):
             rows = logits[index.clamp(max=3)]
             store.average(index, rows, store.stored(index, torch.float32)[0], torch.ones(len(part), 3) > 0)
     label = torch.tensor([2, 0, 1, 1, -1])
-    own, confidence, predicted, mean = store.read(label)
+    own, confidence, predicted, mean, rival = store.read(label)
     expected = logits[[0, 1, 2, 3, 3]].softmax(1)
     expected[2] = 0
     assert_close(own[:4], expected[torch.arange(4), label[:4]], 2e-3)
     assert_close(confidence, expected.amax(1), 2e-3)
     assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
     assert_close(mean, expected.sum(0) / 4, 2e-3)
+    others = expected.scatter(1, label.clamp(min=0)[:, None], -1).argmax(1)
+    assert torch.equal(rival[[0, 1, 3, 4]], others[[0, 1, 3, 4]])
 
     prior = torch.tensor([3.0, 0.5, 1.0]).log()
-    same, confidence, predicted, mean = store.read(label, prior)
+    same, confidence, predicted, mean, rival = store.read(label, prior)
     assert torch.equal(same, own)
     expected = (logits[[0, 1, 2, 3, 3]] + prior).softmax(1)
     expected[2] = 0
     assert_close(confidence, expected.amax(1), 2e-3)
     assert torch.equal(predicted[[0, 1, 3, 4]], expected.argmax(1)[[0, 1, 3, 4]])
     assert_close(mean, expected.sum(0) / 4, 2e-3)
+    others = expected.scatter(1, label.clamp(min=0)[:, None], -1).argmax(1)
+    assert torch.equal(rival[[0, 1, 3, 4]], others[[0, 1, 3, 4]])
 
 
 def test_margins_of_rare_classes(monkeypatch):

@@ -33,6 +33,7 @@ from test_wrapper import frozen
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper, functional, selection, shares
+from fsr_wrap.confusions import log_ratio
 from fsr_wrap.relabel import Reading
 
 EXAMPLES = int(os.environ.get("FSR_PROPERTY_EXAMPLES", 0))
@@ -270,6 +271,7 @@ class Training(RuleBasedStateMachine):
         per_epoch = self.setup.per_epoch or (self.setup.samples if self.setup.known else None)
         self.oracle = Oracle(self.config, self.setup.classes, per_epoch, tuple(deep), self.held())
         self.oracle.surest, self.oracle.own, self.oracle.told = self.surest, self.own, False
+        self.oracle.rival, self.oracle.against = self.rival, self.against
 
     def held(self) -> tuple[int, ...]:
         """Who is held out, as the library's hash has it; room is made for as many samples as may come."""
@@ -292,6 +294,20 @@ class Training(RuleBasedStateMachine):
         found = self.read().own[index].item()
         assert_close(number(found), number(probability))
         return found
+
+    def rival(self, index: int, probability: Tensor, best: int) -> int:
+        found = int(self.read().rival[index])
+        assert_close(probability[found], probability[best], 1e-2)
+        return found
+
+    def against(self, expected: dict[int, float]) -> dict[int, float]:
+        memory = self.fsr._memory
+        assert memory.pseudo is not None
+        found = log_ratio(memory.pseudo, memory.given.known().long(), self.oracle.prior.float())
+        values = {i: 0.0 if found is None else found[i].item() for i in expected}
+        for i, value in expected.items():
+            assert_close(number(values[i]), number(value), 1e-2)
+        return values
 
     # --- batches
 
