@@ -67,11 +67,11 @@ class Confusions:
         place[label] = torch.arange(len(label), device=device)
         row, column = place[self.label.to(device)], self.other.to(device)
         mine = row >= 0
-        where = row[mine], column[mine]
-        n, r = (torch.zeros(len(label), classes, dtype=torch.float64, device=device) for _ in range(2))
-        n[where], r[where] = self.found.to(device)[mine], self.alike.to(device)[mine]
-        expected = self.label_effect.to(device)[label, None] * self.class_effect.to(device) * (1 + r)
-        return ((self.concentration + n) / (self.concentration + expected)).log().float()
+        where, k = (row[mine], column[mine]), self.concentration
+        n, r = (torch.zeros(len(label), classes, dtype=torch.float32, device=device) for _ in range(2))
+        n[where], r[where] = self.found.float().to(device)[mine], self.alike.float().to(device)[mine]
+        v, u = self.label_effect.float().to(device), self.class_effect.float().to(device)
+        return ((k + n) / (k + v[label, None] * u * (1 + r))).log()
 
 
 def log_ratio(average: PseudoLabels, given: Tensor, log_prior: Tensor | None = None) -> Tensor | None:

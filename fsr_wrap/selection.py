@@ -4,8 +4,9 @@
 likely as those that the network trains on, it learns nothing by heart, and training stays plain. Meanwhile the samples
 that it is surest of tell how many labels of each class are wrong. When the labels that it trains on alone become
 likelier, it has begun to learn wrong ones too: from then on each label counts with the probability that it is right,
-told by its P̂, so that each class loses as large a share of its weight as there are wrong labels. So it is too where the
-network knows the right labels already, and hardly learns more of them: then nothing is gained by waiting.
+told by its P̂ and by which classes are mistaken for which, so that each class loses as large a share of its weight as
+there are wrong labels. So it is too where the network knows the right labels already, and hardly learns more of them:
+then nothing is gained by waiting.
 """
 
 from __future__ import annotations

@@ -332,7 +332,8 @@ class FSRWrapper(Optimizer):
 
         - `is_label_issue`: bool. `label_quality`: in [0, 1], the lower, the likelier is the label wrong.
         - `given_label` and `predicted_label`: class numbers, <NA> where there is none. Predictions are averaged over
-            epochs; under the paper's rules with `relabel_weight=0` they are not kept.
+            epochs; under the paper's rules with `relabel_weight=0` they are not kept. Where the given class is the
+            likeliest but often given for the second one, the latter is the predicted label.
         - `given_name` and `predicted_name`, where the classes have names.
         - `score`: P̂, see [`scores`][fsr_wrap.FSRWrapper.scores]. `visits`: epochs in which the sample was seen.
         - `zero_weight`: under `"select"` the share of these in which the label was held out or taken for wrong; else
