@@ -36,7 +36,8 @@ class Confusions:
     @classmethod
     def fit(cls, found: tuple[Tensor, Tensor], alike: tuple[Tensor, Tensor], classes: int) -> Confusions | None:
         """Finds v and u, for which E has the sums of n by label and by class (iterative proportional fitting; as under
-        quasi-independence, Goodman, 1968), and k by the method of moments: Σ (n − E)² = Σ E + Σ E²/k.
+        quasi-independence, Goodman, 1968), and k by the method of moments: Σ (n − E)² = Σ E + Σ (v u)² r + Σ E²/k,
+        as r is Poisson-distributed too.
 
         **Arguments:** of each sample that counts in n, and in r, its label and its other class; (·,) int64 on the host.
 
@@ -57,7 +58,8 @@ class Confusions:
         base = v[label] * u[other]
         squares = v.square().sum() * u.square().sum() - (v * u).square().sum()  # of E, first as if r were 0
         squares = squares + (base.square() * (2 * r + r.square())).sum()
-        excess = n.square().sum() - 2 * (n * base * (1 + r)).sum() + squares - n.sum()
+        by_chance = n.sum() + (base.square() * r).sum()
+        excess = n.square().sum() - 2 * (n * base * (1 + r)).sum() + squares - by_chance
         return cls(label, other, n, r, v, u, float(squares / excess)) if squares > 0 and excess > 0 else None
 
     def log_ratio(self, label: Tensor) -> Tensor:

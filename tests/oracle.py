@@ -563,7 +563,7 @@ class Oracle:
                 mass = sum(v[g] * (1 + r[g][a]) for g in everybody if g != a)
                 u[a] = sum(n[g][a] for g in everybody) / max(mass, confusions._LEAST)
         e = {(g, a): v[g] * u[a] * (1 + r[g][a]) for g, a in pairs}
-        excess = sum((n[g][a] - e[g, a]) ** 2 - n[g][a] for g, a in pairs)
+        excess = sum((n[g][a] - e[g, a]) ** 2 - n[g][a] - (v[g] * u[a]) ** 2 * r[g][a] for g, a in pairs)
         squares = sum(x * x for x in e.values())
         if excess <= 0 or squares <= 0:
             return dict.fromkeys(average, 0.0)

@@ -75,7 +75,9 @@ def test_expected_numbers_have_the_sums_of_the_found_ones_and_go_as_classes_look
     assert_close(expected.sum(1), n.sum(1).double(), 1e-3)
     # The method of moments: what squares are expected if the ratios have a variance of 1/k.
     k = fit.concentration
-    assert_close((n - expected).square().sum().item(), (n.sum() + expected.square().sum() / k).item(), 1e-4)
+    base = fit.label_effect[:, None] * fit.class_effect
+    chance = n.sum() + (base.square() * r).sum()
+    assert_close((n - expected).square().sum().item(), (chance + expected.square().sum() / k).item(), 1e-4)
     ratio = ((k + n) / (k + expected)).log()
     found = torch.stack([fit.log_ratio(torch.tensor([2, 0]))[1], fit.log_ratio(torch.tensor([0, 2]))[1]])
     for row, g in zip(found, (0, 2), strict=True):
@@ -134,6 +136,16 @@ def test_labels_that_are_given_one_way_only_are_told_by_it() -> None:
     p, given, true = one_way()
     alone, both = auroc(averages(p), given, true)
     assert both > alone + 0.03
+
+
+def test_many_classes_of_few_samples() -> None:
+    """Where most pairs of classes occur once or never, chance is not taken for a rule."""
+    uniform = alike(3000, 60, lambda c: [0.7 * (a == c) + 0.3 / 60 for a in range(60)])
+    alone, both = auroc(averages(uniform[0]), *uniform[1:])
+    assert both > alone - 0.001
+    one_way = alike(3000, 60, lambda c: [0.65 * (a == c) + 0.35 * (a == (c + 1) % 60) for a in range(60)])
+    alone, both = auroc(averages(one_way[0]), *one_way[1:])
+    assert both > alone + 0.01
 
 
 @pytest.mark.parametrize("kind", ["uniform", "as they look", "none"])
