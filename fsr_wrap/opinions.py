@@ -24,7 +24,7 @@ class Opinion:
     **Arguments:** `own`, the averaged probability of the given label; `rival`, the likeliest other class; `predicted`,
     the likeliest of all; `doubted`, whether that is another class; `confident`, whether another class is as likely as
     it is on average for the samples that were given it (confident learning; Northcutt et al., JAIR 2021). `against`:
-    `log_ratio`, which `own`, `doubted` and `predicted` take into account.
+    once labels are judged, `log_ratio`, which `own`, `doubted` and `predicted` take into account; else 0.
     """
 
     own: Tensor
@@ -215,7 +215,7 @@ def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> O
         surest = rows.surest(usual.float())
         confident[where] = (surest >= 0) & (surest != given[where]) & seen[where]
     doubted, against = predicted != given, torch.zeros_like(own)
-    if memory.config.selects:
+    if memory.selection is not None and memory.selection.active:
         everybody = given.new_full((len(memory.pseudo),), -1)
         everybody[: len(given)] = given
         found = log_ratio(memory.pseudo, everybody, log_prior)

@@ -199,11 +199,14 @@ def test_the_list_takes_it_into_account() -> None:
     memory = knowing(p, given)
     ratio = log_ratio(averages(p), given)
     assert ratio is not None
-    found, wrong = find_issues(memory, share=0.35), given != true
+    assert memory.selection is not None
     own = p.gather(1, given[:, None])[:, 0]
+    without = (own + memory.table.score[:-1].sigmoid()) / 2
+    assert_close(find_issues(memory, share=0.35).quality, without, 2e-3)  # as long as labels are not judged
+    memory.selection.active = True
+    found, wrong = find_issues(memory, share=0.35), given != true
     right = own / (own + (1 - own) * ratio.exp())
     assert_close(found.quality, (right + (memory.table.score[:-1] - ratio).sigmoid()) / 2, 2e-3)
-    without = (own + memory.table.score[:-1].sigmoid()) / 2
     assert roc_auc_score(wrong, -found.quality) > roc_auc_score(wrong, -without) + 0.01
     # Whoever is doubted is suggested another class, though the network prefers the given one.
     rival = p.scatter(1, given[:, None], 0).argmax(1)
