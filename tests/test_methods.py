@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "bench
 import cases
 import compare
 import noisy_fashion_mnist
-from cases import CASES, FASHION_CONFUSIONS, make_case_network, make_data
+from cases import CASES, FASHION_CONFUSIONS, make_case_network, make_data, make_given
+from cifar import CIFAR10_CONFUSIONS
 from methods import METHODS, Method, Task, incv, make_method
 from methods.base import frozen_statistics
 from methods.class_balanced import class_weights
@@ -731,6 +732,8 @@ def test_cases_have_the_noise_and_the_tail_that_they_name(fashion: Path) -> None
     pairs = {(a, b) for a, b in zip(flipped.right.tolist(), flipped.given.tolist(), strict=True) if a != b}
     assert pairs == set(enumerate(FASHION_CONFUSIONS))
     assert flipped.wrong == pytest.approx(0.4, abs=0.07)
+    alike = make_given(CASES["cifar-resnet-asymmetric40"], torch.arange(10).repeat(40), 0)
+    assert {(a % 10, b) for a, b in enumerate(alike.tolist()) if a % 10 != b} == set(CIFAR10_CONFUSIONS.items())
     assert not torch.equal(data("fashion-clean", split=1).images, clean.images)
     assert not torch.equal(data("fashion-uniform40", seed=1).given, noisy.given)
     everything = torch.cat([clean.images, clean.clean_images])
@@ -828,7 +831,7 @@ def test_runs_are_written_skipped_and_shown(
     runs = compare.read_runs(compare.parse(again))
     compare.plot_curves({**runs, (key, "fsr"): runs[key, "mine"]}, tmp_path / "curves.svg")
     assert "FSR" in (tmp_path / "curves.svg").read_text()
-    named = compare.parse([*flags, "--cases", "fashion-tail50", "cifar-small-a"]).cases
+    named = compare.parse([*flags, "--cases", "fashion-tail50", "cifar-small-ag"]).cases
     assert named == ["fashion-tail50", "cifar-small-aggre"]
     with pytest.raises(SystemExit):
         compare.parse([*flags, "--cases", "imagenet"])

@@ -39,6 +39,8 @@ BATCH_SIZE, CLEAN = 100, 1000
 # Each class to one that looks like it: T-shirt → shirt → coat → pullover → dress → T-shirt, sandal → sneaker → ankle
 # boot → sandal, trouser → dress, bag → ankle boot.
 FASHION_CONFUSIONS = (6, 3, 3, 0, 2, 7, 4, 9, 9, 5)
+# Of CIFAR-10 those of `cifar.py`; classes that it leaves out keep their labels.
+CONFUSIONS = {"fashion": FASHION_CONFUSIONS, "cifar": tuple(cifar.CIFAR10_CONFUSIONS.get(c, c) for c in range(10))}
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ def make_cases() -> dict[str, Case]:
         "small": {"network": "small", "lr": 0.1, "augment": "crop"},
         "resnet": {"network": "test_resnet", "lr": 0.05, "augment": "flip"},
     }
-    columns = {"clean": "none", "aggre": "column:aggre_label"}
-    columns |= {"random1": "column:random_label1", "worse": "column:worse_label"}
+    columns = {"clean": "none", "aggre": "column:aggre_label", "random1": "column:random_label1"}
+    columns |= {"worse": "column:worse_label", "asymmetric40": "asymmetric:0.4"}
+    titles = {key: key for key in columns} | {"asymmetric40": "asymmetric 40 %"}
     for network, recipe in networks.items():
         for key, noise in columns.items():
-            cases[f"cifar-{network}-{key}"] = Case(
-                f"CIFAR-10, {key}, {network}", "cifar", noise, limit=10_000, **recipe
-            )
+            title = f"CIFAR-10, {titles[key]}, {network}"
+            cases[f"cifar-{network}-{key}"] = Case(title, "cifar", noise, limit=10_000, **recipe)
         for key, rate in {"tail100": 0, "tail100-uniform20": 20, "tail100-uniform40": 40}.items():
             title = "imbalance 100" + (f" + uniform {rate} %" if rate else "")
             noise = f"uniform:{rate / 100}" if rate else "none"
@@ -122,7 +124,7 @@ def make_cases() -> dict[str, Case]:
             )
     tuned: dict[str, Any] = {**networks["resnet"], "lr": 0.005, "epochs": 5, "limit": 10_000, "pretrained": True}
     for key, noise in columns.items():
-        cases[f"cifar-finetune-{key}"] = Case(f"CIFAR-10, {key}, fine-tuning", "cifar", noise, **tuned)
+        cases[f"cifar-finetune-{key}"] = Case(f"CIFAR-10, {titles[key]}, fine-tuning", "cifar", noise, **tuned)
     return cases
 
 
@@ -224,7 +226,7 @@ def make_given(case: Case, right: Tensor, seed: int) -> Tensor:
     hit = torch.rand(len(right), generator=generator) < float(value)
     if kind == "uniform":
         return torch.where(hit, torch.randint(10, (len(right),), generator=generator), right)
-    return torch.where(hit, torch.tensor(FASHION_CONFUSIONS)[right], right)
+    return torch.where(hit, torch.tensor(CONFUSIONS[case.source])[right], right)
 
 
 @cache
