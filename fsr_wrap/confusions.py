@@ -76,7 +76,14 @@ class Confusions:
         return ((k + n) / (k + v[label, None] * u * (1 + r))).log()
 
 
-def log_ratio(average: PseudoLabels, given: Tensor, log_prior: Tensor | None = None) -> Tensor | None:
+def log_ratio(
+    average: PseudoLabels,
+    given: Tensor,
+    confidence: Tensor,
+    predicted: Tensor,
+    rival: Tensor,
+    log_prior: Tensor | None = None,
+) -> Tensor:
     """How much likelier each label is if it is wrong than if it is right, by what else the network makes of the sample.
 
     Where the network predicts a label g and thinks of a class a besides, the label may be right: of those labels g
@@ -84,23 +91,25 @@ def log_ratio(average: PseudoLabels, given: Tensor, log_prior: Tensor | None = N
     samples that it is surest are of class a, n_ga were. If no shirt is ever given as a coat, a label of a coat is right
     though the network thinks of a shirt. `Confusions` compares n with r, and says nothing where they go together.
 
-    **Arguments:** `given` (N,) int64, on the host, −1 where there is none; `log_prior` as in `PseudoLabels.read`.
+    **Arguments:** `given` (n,) int64, of the first n samples, −1 where there is none; their `confidence`, `predicted`
+    and `rival`, and `log_prior`, as in `PseudoLabels.read`. On the host.
 
-    **Returns:** (N,) float32 on the host, the mean of the logarithm over all other classes as likely as p̄ has them; 0
-    where there are none. None if there is nothing to tell.
+    **Returns:** (n,) float32, the mean of the logarithm over all other classes as likely as p̄ has them. 0 where there
+    are none, and if there is nothing to tell.
     """
-    _, confidence, predicted, _, rival = average.read(given, log_prior)
     known = (given >= 0) & (confidence > 0)
     agrees = predicted == given
     wrong, right = anchors(confidence, predicted, known) & ~agrees, known & agrees & (confidence < 1)
     pairs = (given[wrong], predicted[wrong]), (given[right], rival[right])
     confusions = Confusions.fit(*pairs, average.num_classes)
+    out = torch.zeros_like(confidence)
     if confusions is None:
-        return None
-    out = torch.empty(len(given), dtype=torch.float32, device="cpu")
+        return out
     for where, values in average.parts():
         label = given[where].clamp(min=0).to(values.device)
-        other = values if log_prior is None else values * log_prior.to(values.device).exp()
+        other = values[: len(label)]
+        if log_prior is not None:
+            other = other * log_prior.to(values.device).exp()
         other = other.scatter(1, label[:, None], 0)
         some, place = label.unique(return_inverse=True)
         mean = (other * confusions.log_ratio(some)[place]).sum(1) / other.sum(1).clamp(min=_LEAST)

@@ -204,9 +204,9 @@ def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> O
     columns = []
     for where, rows in predictions(memory, log_prior):
         label = given[where].clamp(min=0)
-        rival = rows.likeliest(besides=label)
-        columns.append((rows.own(label), rival, rows.own(rival), rows.likeliest()))
-    own, rival, other, predicted = (torch.cat(column) for column in zip(*columns, strict=True))
+        rival, predicted = rows.likeliest(besides=label), rows.likeliest()
+        columns.append((rows.own(label), rival, rows.own(rival), predicted, rows.own(predicted)))
+    own, rival, other, predicted, confidence = (torch.cat(column) for column in zip(*columns, strict=True))
     seen, classes = given >= 0, memory.pseudo.num_classes
     number = torch.bincount(given[seen], minlength=classes)
     usual = torch.bincount(given[seen], own[seen].double(), minlength=classes) / number  # NaN: of no sample
@@ -216,12 +216,9 @@ def gather_opinion(memory: Memory, given: Tensor, log_prior: Tensor | None) -> O
         confident[where] = (surest >= 0) & (surest != given[where]) & seen[where]
     doubted, against = predicted != given, torch.zeros_like(own)
     if memory.selection is not None and memory.selection.active:
-        everybody = given.new_full((len(memory.pseudo),), -1)
-        everybody[: len(given)] = given
-        found = log_ratio(memory.pseudo, everybody, log_prior)
-        if found is not None:
-            against = found[: len(given)]
-            odds = against.exp()
-            doubted, own = other * odds > own, own / (own + (1 - own) * odds)
-            predicted = torch.where(doubted & (predicted == given), rival, predicted)
+        confidence[memory.table.score[: len(given)].isnan().cpu()] = 0  # never seen
+        against = log_ratio(memory.pseudo, given, confidence, predicted, rival, log_prior)
+        odds = against.exp()
+        doubted, own = other * odds > own, own / (own + (1 - own) * odds)
+        predicted = torch.where(doubted & (predicted == given), rival, predicted)
     return Opinion(own, rival, predicted, doubted, confident, against)

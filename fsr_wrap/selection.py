@@ -165,13 +165,13 @@ class Selection:
         seen = (table.epoch[:-1] == stored_epoch(epoch)).cpu() & (given >= 0)
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
+        reading = average.read(given, log_prior) if self.active or epoch + 1 >= _START else None
         if self.active:
             self._look_for_drift(*trained)
         else:
             self.agreement = [(trained[0], held[0])]
             knows = False
-            if epoch + 1 >= _START:
-                reading = average.read(given, log_prior)
+            if reading is not None:
                 learns, begun, ahead = self._watch(seen, code, reading.own)
                 if epoch + 1 >= _VISITS:
                     knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
@@ -182,9 +182,12 @@ class Selection:
                 self._look_back(given[given >= 0])
             self.early = self.active and not by_heart
         if self.active:
+            assert reading is not None
             score = table.score[:-1].cpu()
-            against = log_ratio(average, given, log_prior) if self._log_odds else None
-            self._judge(score if against is None else score - against, given)
+            if self._log_odds:
+                _, confidence, predicted, _, rival = reading
+                score = score - log_ratio(average, given, confidence, predicted, rival, log_prior)
+            self._judge(score, given)
         agreement = {"agreement": trained, "held_out_agreement": held}
         told: dict[str, float | None] = {name: one for name, (one, number) in agreement.items() if number}
         if self.estimated:

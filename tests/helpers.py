@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fsr_wrap.confusions import log_ratio
+
 
 def assert_close(actual, expected, tol: float = 1e-6) -> None:
     """Trees of tensors, arrays and numbers are equal up to `tol`, relative and absolute; NaN equals NaN."""
@@ -35,6 +37,12 @@ PAPER = {
     "relabel_momentum": 0.1,
 }
 CLIP = {**PAPER, "warmup_epochs": 1}  # re-weights from the second epoch on
+
+
+def read_log_ratio(average, given: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """`log_ratio` of averaged predictions, as they are read at an epoch's end."""
+    _, confidence, predicted, _, rival = average.read(given, log_prior)
+    return log_ratio(average, given, confidence, predicted, rival, log_prior)
 
 
 def judge_soon(fsr, num_classes: int, share: float = 0.3):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, read_log_ratio
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,7 +33,6 @@ from test_wrapper import frozen
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper, functional, selection, shares
-from fsr_wrap.confusions import log_ratio
 from fsr_wrap.relabel import Reading
 
 EXAMPLES = int(os.environ.get("FSR_PROPERTY_EXAMPLES", 0))
@@ -303,8 +302,8 @@ class Training(RuleBasedStateMachine):
     def against(self, expected: dict[int, float]) -> dict[int, float]:
         memory = self.fsr._memory
         assert memory.pseudo is not None
-        found = log_ratio(memory.pseudo, memory.given.known().long(), self.oracle.prior.float())
-        values = {i: 0.0 if found is None else found[i].item() for i in expected}
+        found = read_log_ratio(memory.pseudo, memory.given.known().long(), self.oracle.prior.float())
+        values = {i: found[i].item() for i in expected}
         for i, value in expected.items():
             assert_close(number(values[i]), number(value), 1e-2)
         return values
