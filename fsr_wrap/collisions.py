@@ -70,10 +70,11 @@ class GivenLabels:
         if rank() == 0:
             warnings.warn(
                 f"{other} of the {visits} samples of this epoch came with another label than another sample of their "
-                "index. So several samples share an index, or the order of a stream changes, and their scores and "
-                "pseudo-labels are mixed up. Give every sample an index of its own: with_index(dataset) of the whole "
-                "data set, after ConcatDataset, concatenate_datasets or interleave_datasets and before it is split or "
-                "shuffled. (Where you corrected labels, all is well.)",
+                "index. So several samples share an index, or the order of a stream changes, or loss() is called for a "
+                "validation set without torch.no_grad(), and their scores and pseudo-labels are mixed up. Give every "
+                "sample an index of its own: with_index(dataset) of the whole data set, after ConcatDataset, "
+                "concatenate_datasets or interleave_datasets and before it is split or shuffled. (Where you corrected "
+                "labels, all is well.)",
                 stacklevel=5,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .memory import Memory
 from .opinions import Opinion, averaged_probabilities, gather_opinion, known_rows, true_prior
-from .selection import WRONG
+from .selection import VISITS, WRONG
 from .shares import rank_within
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     evidence = weigh_evidence(memory, score, given, opinion, log_prior, calibrated=share is None)
     if share is not None:
         flagged = lowest(evidence.quality, round(share * int((given >= 0).sum())))
+    elif is_too_early(memory):
+        warnings.warn(
+            f"After {memory.epoch} epochs FSR cannot tell yet how many labels are wrong, so none is flagged: train for "
+            f"{VISITS} epochs at least, or pass the share that shall be flagged, label_issues(share=0.1) say.",
+            stacklevel=4,
+        )
+        flagged = torch.zeros_like(given, dtype=torch.bool)
     else:
         flagged = judge(evidence, given, *early_estimate(memory, given))
     visits, unused = (count[:rows].cpu() for count in memory.counted_visits())
@@ -71,6 +79,11 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     predicted = torch.full_like(given, -1) if opinion is None else opinion.predicted
     predicted = torch.where(given < 0, -1, predicted)
     return Issues(flagged, evidence.quality, given, predicted, score, visits, share_unused)
+
+
+def is_too_early(memory: Memory) -> bool:
+    """Whether labels are to be judged, but nothing tells yet how many are wrong."""
+    return memory.selection is not None and not memory.selection.estimated
 
 
 def weigh_evidence(
@@ -241,7 +254,7 @@ def import_pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("label_issues() needs pandas: pip install fsr_wrap[report]") from error
+        raise ImportError('label_issues() needs pandas: pip install "fsr_wrap[report]"') from error
     return pandas
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .cleaning import indices_of
 from .data import check_map_style
-from .issues import check_class_names, label_issues_from_memory
+from .issues import check_class_names, is_too_early, label_issues_from_memory
 from .memory import Memory
+from .selection import HELD
 from .shares import rank_within
 
 PAGE_NAME, TABLE_NAME = "index.html", "label_issues.csv"
@@ -24,7 +25,7 @@ _ROWS = 50_000  # flagged labels that the page itself lists
 _PICTURES, _BUDGET = 240, 2_500_000  # at most, and characters for all of them
 _WORST = 120  # of them, before those of each pair of classes
 _PAIRS, _MATRIX, _CLASSES = 12, 20, 300  # most that are shown
-_MISSING = "The report needs {name}: pip install fsr_wrap[report]"
+_MISSING = 'The report needs {name}: pip install "fsr_wrap[report]"'
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class _Page:
     def summary(self) -> dict[str, Any]:
         """In plain words."""
         number, total = len(self.flagged), int(self.known.sum())
-        history, selects = self._memory.history.epochs, self._memory.config.selects
+        history, selection = self._memory.history.epochs, self._memory.selection
         first = next((int(entry["epoch"] or 0) + 1 for entry in history if entry["reweighting"]), None)
         return {
             "flagged": number,
@@ -73,7 +74,10 @@ class _Page:
             "classes": self._classes,
             "epochs": self._memory.epoch,
             "first": first,
-            "selects": selects,
+            "selects": selection is not None,
+            "too_early": is_too_early(self._memory),
+            "by_heart": selection is not None and not selection.early,
+            "held": 0 if selection is None else int((selection.code[:-1].cpu()[: len(self.known)] == HELD).sum()),
             "rule": self._memory.config.weight_rule,
             "suggests": self._memory.pseudo is not None,
         }

@@ -28,7 +28,7 @@ TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, he
 _32_BITS = 2**32 - 1
 _HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
 _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
-_START, _VISITS = 2, 3  # epochs, after which averages may be compared with later ones, and tell who is wrong
+_START, VISITS = 2, 3  # epochs, after which averages may be compared with later ones, and tell who is wrong
 _LINE = 3  # readings that make a line
 _FEW = 10  # samples held out, or trained on, that tell little
 _DRIFT, _BY_CHANCE = 0.015, 1.5  # by how much agreement may fall: at least, and in standard errors
@@ -173,7 +173,7 @@ class Selection:
             knows = False
             if reading is not None:
                 learns, begun, ahead = self._watch(seen, code, reading.own)
-                if epoch + 1 >= _VISITS:
+                if epoch + 1 >= VISITS:
                     knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
                     knows = knows and not learns and not begun
             by_heart = self.apart >= 2

@@ -292,9 +292,9 @@ class FSRWrapper(Optimizer):
         sums, steps = memory.counted().tolist(), max(memory.steps, 1)
         memory.sums.zero_()
         memory.steps = 0
-        out = {f"fsr/{name}": value / steps for name, value in zip(METRICS, sums, strict=True)}
-        for name in ("all_zero_batches", "skipped_samples", "skipped_reward_samples"):
-            out[f"fsr/{name}"] *= steps
+        counts = ("all_zero_batches", "skipped_samples", "skipped_reward_samples")
+        found = zip(METRICS, sums, strict=True)
+        out = {f"fsr/{name}": value if name in counts else value / steps for name, value in found}
         out["fsr/epoch"] = memory.epoch
         out["fsr/reweighting"] = float(self.is_reweighting)
         out["fsr/dictionary_size"] = len(memory.dictionary)
@@ -343,7 +343,7 @@ class FSRWrapper(Optimizer):
 
         **Raises:** `RuntimeError` before the first `loss()`, and in mid-epoch of several processes without
         [`consolidate`][fsr_wrap.FSRWrapper.consolidate]; `ValueError` for a share out of [0, 1] or another number of
-        names; `ImportError` without pandas: `pip install fsr_wrap[report]`.
+        names; `ImportError` without pandas: `pip install "fsr_wrap[report]"`.
         """
         return issues.label_issues_from_memory(self._memory, share, class_names)
 
@@ -414,9 +414,9 @@ class FSRWrapper(Optimizer):
 
         **Returns:** the page's path.
 
-        **Raises:** `ImportError` without what it needs: `pip install fsr_wrap[report]`; `TypeError` for a stream or no
-        data set; `ValueError` if it is another data set than was trained on, or `to_image` gives no image; otherwise as
-        in `label_issues`. Nothing is then written.
+        **Raises:** `ImportError` without what it needs: `pip install "fsr_wrap[report]"`; `TypeError` for a stream or
+        no data set; `ValueError` if it is another data set than was trained on, or `to_image` gives no image; otherwise
+        as in `label_issues`. Nothing is then written.
         """
         from .report import write_report
 

@@ -441,7 +441,7 @@ class Oracle:
         compared = self.epoch >= constants._START
         learns, begun, ahead = self.grows_apart(seen, held) if compared else (False, False, None)
         known = [i for i in seen if self.samples[i].pseudo is not None]
-        if self.epoch >= constants._VISITS and known:
+        if self.epoch >= constants.VISITS and known:
             found = self.wrong_shares(known)
             if not self.estimated:
                 self.wrong = found

@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector
 from fsr_wrap import FSRWrapper, distributed, functional, selection
 
 N, BATCH, EPOCHS = 360, 60, 3
-EARLY = {"_VISITS": 1, "_GROWTH": -1.0, "_FEW": 1, "_LARGEST_SHARE": 0.2}  # shares are read after the first epoch
+EARLY = {"VISITS": 1, "_GROWTH": -1.0, "_FEW": 1, "_LARGEST_SHARE": 0.2}  # shares are read after the first epoch
 State = dict[str, Any]
 
 

@@ -161,7 +161,7 @@ def test_the_table_needs_pandas_and_says_how_to_get_it(noisy: Any, monkeypatch: 
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pandas)
-    with pytest.raises(ImportError, match=r"pip install fsr_wrap\[report\]"):
+    with pytest.raises(ImportError, match=r'pip install "fsr_wrap\[report\]"'):
         noisy[-1].label_issues()
 
 
@@ -556,7 +556,7 @@ def test_the_example_finds_and_mends(
             (tmp_path / str(y[number])).mkdir(exist_ok=True)
             image = Image.fromarray((x[number] * 15).astype(np.uint8).reshape(8, 8))
             image.save(tmp_path / str(y[number]) / f"{number}.png")
-        arguments = ["--epochs", "2", "--data", str(tmp_path)]
+        arguments = ["--epochs", "3", "--data", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["find_label_issues.py", *arguments, "--csv", str(tmp_path / "issues.csv")])
     find_label_issues.main()
     out = capsys.readouterr().out

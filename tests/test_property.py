@@ -135,7 +135,7 @@ PAPER = {"weight_rule": "clip", "class_balance": 0.0, "relabel_weight": 2.0, "re
 SMALL = {
     "_HELD": 0.3,
     "_LARGEST_SHARE": 0.4,
-    "_VISITS": 1,
+    "VISITS": 1,
     "_START": 1,
     "_GAP": 0.0,
     "_READ": 0.5,

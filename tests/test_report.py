@@ -21,7 +21,7 @@ import torch
 from helpers import CLIP
 from PIL import Image
 from safetensors.torch import save_file
-from test_wrapper import digits, make, step, train
+from test_wrapper import Net, digits, make, step, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
@@ -152,6 +152,37 @@ def test_the_page_and_the_table_say_what_label_issues_says(trained: FSRWrapper, 
         "Weights",
         "Loss",
     ]
+
+
+def test_after_an_epoch_or_two_nothing_is_flagged_and_the_page_says_why(tmp_path: Path) -> None:
+    model = Net()
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), num_samples=400)
+    train(model, fsr, 2, 0.3)
+    with pytest.warns(UserWarning, match="After 2 epochs FSR cannot tell yet") as told:
+        page = Page(fsr.report(tmp_path))
+    assert len(told) == 1
+    assert page.texts["h1"] == ["Too early to tell which of 400 labels look wrong"]
+    assert page.rows == {}  # nothing is listed
+    assert fsr.label_issues(share=0.1).is_label_issue.sum() == 40
+    train(model, fsr, 1, 0.3)
+    assert fsr.label_issues().is_label_issue.sum() > 40
+
+
+def test_the_page_says_why_labels_were_judged_or_not(
+    trained: FSRWrapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(text: str) -> bool:
+        return any(text in told for told in Page(trained.report(tmp_path)).texts["p"])
+
+    selection = trained._memory.selection
+    assert selection is not None
+    for early, text in ((False, "began to learn labels by heart; since"), (True, "knew most of the right labels")):
+        monkeypatch.setattr(selection, "early", early)
+        assert says(text)
+    for entry in trained._memory.history.epochs:
+        monkeypatch.setitem(entry, "reweighting", False)
+    monkeypatch.setattr(selection, "code", torch.tensor([0, 1, 2, 1]).repeat(101)[:401])
+    assert says("but for 200 that were held out")
 
 
 def test_the_page_needs_nothing_else(trained: FSRWrapper, tmp_path: Path) -> None:
@@ -290,7 +321,7 @@ def test_what_is_not_installed_is_named(
     module: str, name: str, trained: FSRWrapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"needs {name}: pip install fsr_wrap\[report\]"):
+    with pytest.raises(ImportError, match=rf'needs {name}: pip install "fsr_wrap\[report\]"'):
         trained.report(tmp_path)
 
 
