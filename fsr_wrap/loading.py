@@ -32,6 +32,8 @@ def check_fit(state: State, config: FSRConfig, num_samples: int | None, version:
         )
     if num_samples is not None and state["num_samples"] not in (None, num_samples):
         raise Unfit(f"The checkpoint is of a data set of {state['num_samples']} samples, this one has {num_samples}.")
+    if num_samples is not None and state["largest"] >= num_samples:
+        raise Unfit(f"The checkpoint has samples of up to index {state['largest']}, this data set has {num_samples}.")
     if config.selects != (state["config"]["weight_rule"] == "select"):
         saved = state["config"]["weight_rule"]
         raise Unfit(
@@ -51,6 +53,20 @@ def check_fit(state: State, config: FSRConfig, num_samples: int | None, version:
             f"The checkpoint was made with pusher={saved!r}, this run has {config.pusher_name!r}, which needs to know "
             f"what earlier visits of each sample found: pass {saved!r}."
         )
+
+
+def cropped(state: State, rows: int) -> State:
+    """The state with as many rows at most of each table. One of a run that did not know N has more."""
+    tables = [name for name in ("table", "given", "visits", "pseudo", "selection") if name in state]
+    if not tables or len(state["table"]["score"]) <= rows:
+        return state
+
+    def crop(table: State) -> State:
+        of_classes = "share", "drawn", "frequency"
+        whole = {name for name, value in table.items() if name in of_classes or not isinstance(value, Tensor)}
+        return {name: value if name in whole else value[:rows] for name, value in table.items()}
+
+    return {**state, **{name: crop(state[name]) for name in tables}}
 
 
 def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:

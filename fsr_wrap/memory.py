@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from .dictionary import RewardDictionary
 from .distributed import world_size
 from .functional import class_margins, effective_sample_size
 from .history import SUMS, History, dictionary_agreement
-from .loading import Unfit, check_fit, check_state
+from .loading import Unfit, check_fit, check_state, cropped
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 from .selection import TRAINED, WRONG, Selection
@@ -42,7 +43,8 @@ class Memory:
 
     The tables are made at the first batch, when the number of classes and the device are known.
 
-    **Arguments:** `config`; `num_samples`, N, or None if it is not known.
+    **Arguments:** `config`; `num_samples`, N, or None if it is not known; `samples`, how many of them are trained on,
+    if that is known to be less.
     """
 
     table: ScoreTable
@@ -54,8 +56,8 @@ class Memory:
     sums: Tensor
     history: History
 
-    def __init__(self, config: FSRConfig, num_samples: int | None) -> None:
-        self.config, self.num_samples = config, num_samples
+    def __init__(self, config: FSRConfig, num_samples: int | None, samples: int | None = None) -> None:
+        self.config, self.num_samples, self.samples = config, num_samples, samples or num_samples
         self.ready = False
         self.epoch = 0  # epochs ended
         self.consumed = 0  # samples since, over all processes
@@ -102,24 +104,18 @@ class Memory:
             self._make(rows, num_classes, device)
         if self.table.score.device != device:
             self._to(device)
-        if self.pseudo is not None:
-            self.pseudo.grow(rows)
-        if self.selection is not None:
-            self.selection.grow(rows)
-        self.table.grow(rows)
-        self.given.grow(rows)
-        self.visits.grow(rows)
+        for part in self._tables():
+            part.grow(rows)
         self.largest = largest
 
+    def _tables(self) -> Iterator[Any]:
+        """What has a row for each sample."""
+        tables = self.table, self.given, self.visits, self.pseudo, self.selection
+        return (table for table in tables if table is not None)
+
     def _to(self, device: torch.device) -> None:
-        self.table.to(device)
-        self.given.to(device)
-        self.visits.to(device)
-        self.dictionary.to(device)
-        if self.pseudo is not None:
-            self.pseudo.to(device)
-        if self.selection is not None:
-            self.selection.to(device)
+        for part in (*self._tables(), self.dictionary):
+            part.to(device)
         self.log_prior = None if self.log_prior is None else self.log_prior.to(device)
         self.margin = None if self.margin is None else self.margin.to(device)
         self.sums = self.counted().to(device)
@@ -130,9 +126,9 @@ class Memory:
     def _make(self, rows: int, num_classes: int, device: torch.device | str) -> None:
         config, pseudo, selection = self.config, None, None
         if config.selects:
-            known = self.num_samples is not None
-            log_odds = config.get_pusher().log_odds
-            selection = Selection(rows, num_classes, known=known, seed=config.seed, device=device, log_odds=log_odds)
+            more: dict[str, Any] = {"samples": self.samples, "seed": config.seed}
+            more["log_odds"] = config.get_pusher().log_odds
+            selection = Selection(rows, num_classes, device=device, **more)
         if config.selects or config.relabel_weight > 0:
             pseudo = PseudoLabels(rows, num_classes, config.relabel_momentum, config.relabel_storage, device=device)
         learned = config.selects or config.get_pusher().needs_learned
@@ -341,7 +337,9 @@ class Memory:
         return state
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], config: FSRConfig, num_samples: int | None) -> Memory:
+    def from_state_dict(
+        cls, state: dict[str, Any], config: FSRConfig, num_samples: int | None, samples: int | None = None
+    ) -> Memory:
         """The memory that `state_dict` described, for a run with this configuration.
 
         **Raises:** `ValueError` if it belongs to a newer format, another data set or a configuration that stores
@@ -350,15 +348,18 @@ class Memory:
         try:
             check_fit(state, config, num_samples, STATE_VERSION)
             check_state(state, metrics=len(METRICS), sums=SUMS, planned=_AHEAD)
-            return cls._rebuilt(state, config, num_samples)
+            if num_samples is not None:
+                state = cropped(state, num_samples)
+            memory = cls(config, num_samples, samples)
+            memory._restore(state)
+            return memory
         except Unfit:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"FSR's part of the state is none that state_dict() gave: {error!r}.") from error
 
-    @classmethod
-    def _rebuilt(cls, state: dict[str, Any], config: FSRConfig, num_samples: int | None) -> Memory:
-        self = cls(config, num_samples)
+    def _restore(self, state: dict[str, Any]) -> None:
+        config = self.config
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.class_names = state.get("class_names")
@@ -393,4 +394,5 @@ class Memory:
                 self.log_prior = state["log_prior"].clone()
             if "margin" in state and config.class_balance and config.selects:
                 self.margin = state["margin"].clone()
-        return self
+            for part in self._tables():
+                part.grow(self.num_samples or rows)

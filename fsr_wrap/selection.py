@@ -28,6 +28,7 @@ TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, he
 _32_BITS = 2**32 - 1
 _HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
 _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
+_OF_CLASS = 0.2  # of a class, the share that may be held out: of few samples it may be all, by chance
 _START, VISITS = 2, 3  # epochs, after which averages may be compared with later ones, and tell who is wrong
 _LINE = 3  # readings that make a line
 _FEW = 10  # samples held out, or trained on, that tell little
@@ -47,8 +48,8 @@ _SOME = 0.001  # the share of wrong labels that is worth it
 class Selection:
     """What becomes of each given label, and what tells it. 5 bytes a sample, and 4 on the host.
 
-    **Arguments:** `num_samples`, rows; `num_classes`, C; `known`, whether there are as many samples as rows;
-    `seed`, of which samples are held out; `log_odds`, whether P̂ are, else their order alone counts.
+    **Arguments:** `num_samples`, rows; `num_classes`, C; `samples`, how many there are, None if that is not
+    known; `seed`, of which samples are held out; `log_odds`, whether P̂ are, else their order alone counts.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class Selection:
         num_samples: int,
         num_classes: int,
         *,
-        known: bool,
+        samples: int | None,
         seed: int,
         device: torch.device | str,
         log_odds: bool = True,
     ):
         share = _HELD
-        if known:
-            share = min(max(_HELD, _FEWEST / num_samples), _MOST / num_samples, _LARGEST_SHARE)
+        if samples is not None:
+            share = min(max(_HELD, _FEWEST / samples), _MOST / samples, _LARGEST_SHARE)
         self._below, self._seed, self._log_odds = int(share * 2**32), seed, log_odds
         self.active = False  # whether labels are taken for wrong
         self.share = torch.zeros(num_classes, dtype=torch.float32, device="cpu")  # wrong labels of each given class
@@ -181,6 +182,7 @@ class Selection:
             if self.active and by_heart:
                 self._look_back(given[given >= 0])
             self.early = self.active and not by_heart
+            self._release(given, code)
         if self.active:
             assert reading is not None
             score = table.score[:-1].cpu()
@@ -194,6 +196,13 @@ class Selection:
             label = given[given >= 0]
             told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
         return told
+
+    def _release(self, given: Tensor, code: Tensor) -> None:
+        """Who is held out of a class that would be learned from too few others is trained on."""
+        held = (given >= 0) & (code == HELD)
+        number, out = (torch.bincount(given[those], minlength=len(self.share)) for those in (given >= 0, held))
+        free = (held & (out > _OF_CLASS * number)[given]).to(self.code.device)
+        self.code[:-1][free], self.weight[:-1][free] = TRAINED, 1.0
 
     def _watch(self, seen: Tensor, code: Tensor, probability: Tensor) -> tuple[bool, bool, float | None]:
         """Compares what is trained on with what is held out: how much likelier their labels have become.

@@ -132,7 +132,7 @@ class FSRWrapper(Optimizer):
         self.optimizer = optimizer
         self.config = config
         self._group = group
-        self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total))
+        self._reweighting = Reweighting(core, Head(*head_parts), config, Memory(config, total, length))
         self._column = column
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._memory.class_names = None if dataset is None else class_names(dataset)
@@ -460,7 +460,7 @@ class FSRWrapper(Optimizer):
         """The inner optimizer's part, and FSR's memory; changes nothing."""
         state_dict = carry.unpack(state_dict)
         state = state_dict.pop("fsr", None)
-        fitting = self.config, self._memory.num_samples
+        fitting = self.config, self._memory.num_samples, self._memory.samples
         if state is None:
             if self._memory.ready or carry.asked_by_dcp():
                 warnings.warn(

@@ -419,8 +419,18 @@ class Oracle:
             if self.judging and self.apart >= 2:
                 self.look_back()
             self.early = self.judging and self.apart < 2
+            self.release()
         if self.judging:
             self.judge(self.against(self.log_ratios()) if self.log_odds else {})
+
+    def release(self) -> None:
+        """No class is held out for the greater part."""
+        for g in range(self.classes):
+            those = [i for i in self.given if self.given[i] == g]
+            out = [i for i in those if self.codes.get(i) == HELD]
+            if len(out) > constants._OF_CLASS * len(those):
+                for i in out:
+                    del self.codes[i]
 
     def look_for_drift(self) -> None:
         right = [

@@ -135,6 +135,7 @@ PAPER = {"weight_rule": "clip", "class_balance": 0.0, "relabel_weight": 2.0, "re
 SMALL = {
     "_HELD": 0.3,
     "_LARGEST_SHARE": 0.4,
+    "_OF_CLASS": 0.5,
     "VISITS": 1,
     "_START": 1,
     "_GAP": 0.0,
@@ -276,7 +277,8 @@ class Training(RuleBasedStateMachine):
         """Who is held out, as the library's hash has it; room is made for as many samples as may come."""
         known = self.setup.known
         number = self.setup.samples if known else 200
-        made = selection.Selection(number, 2, known=known, seed=self.config.seed, device="cpu")
+        samples = number if known else None
+        made = selection.Selection(number, 2, samples=samples, seed=self.config.seed, device="cpu")
         return tuple((made.code[:-1] == selection.HELD).nonzero()[:, 0].tolist())
 
     def read(self) -> Reading:

@@ -175,7 +175,7 @@ def test_ranks_are_those_of_a_loop(number: int) -> None:
 
 
 def made(number: int, classes: int = 3, *, known: bool = True, seed: int = 0) -> Selection:
-    return Selection(number, classes, known=known, seed=seed, device="cpu")
+    return Selection(number, classes, samples=number if known else None, seed=seed, device="cpu")
 
 
 def held(one: Selection) -> Tensor:
@@ -196,6 +196,32 @@ def test_the_share_that_is_held_out(number: int, known: bool, share: float) -> N
     for seed in (0, 1, 12_345):
         found = held(made(number, known=known, seed=seed)).sum().item()
         assert abs(found - number * share) < 4 * math.sqrt(number * share)
+
+
+def test_of_a_part_as_many_are_held_out_as_of_a_data_set_of_its_own() -> None:
+    rows, part = 1_000_000, torch.arange(5, 1_000_000, 500)
+    found = held(Selection(rows, 3, samples=len(part), seed=0, device="cpu"))[part].sum().item()
+    assert abs(found - 100) < 4 * math.sqrt(100)  # one in twenty of 2,000
+
+
+def test_no_class_is_held_out_whole() -> None:
+    """Of classes of one, of four and of many samples."""
+    label = torch.cat([torch.arange(40), torch.arange(40, 50).repeat(4), torch.full((2000,), 50)])
+    x = nn.functional.one_hot(label).float() + 0.1 * torch.randn(len(label), 51)
+    model = nn.Linear(51, 51)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=len(label))
+    out = []
+    for _ in range(2):
+        for index in torch.randperm(len(label)).split(160):
+            fsr.loss(model(x[index]), label[index], index).backward()
+            assert fsr._memory.selection is not None
+            out.append(held(fsr._memory.selection))
+    before, after = out[0], out[-1]
+    assert before[:40].any()
+    assert before[40:80].any()
+    assert not after[:80].any()
+    assert torch.equal(after[80:], before[80:])
+    assert fsr._memory.selection.weight[:80].min() == 1
 
 
 def test_it_makes_no_difference_when_the_tables_grow() -> None:
@@ -607,7 +633,7 @@ def test_of_scores_that_are_no_log_odds_the_order_counts(share: float) -> None:
     """Of a pusher of any unit: no more and no less weight is taken, from the lowest."""
     torch.manual_seed(0)
     score, given = torch.randn(400).double().float() * 1e-6, torch.arange(400) % 2
-    one = Selection(400, 2, known=True, seed=0, device="cpu", log_odds=False)
+    one = Selection(400, 2, samples=400, seed=0, device="cpu", log_odds=False)
     one.share.fill_(share)
     one._judge(score, given)
     weight = one.weight[:-1]
@@ -833,7 +859,7 @@ def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior_and_o
 
 @pytest.mark.parametrize(("pull", "held"), [(0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
 def test_in_a_long_tail_the_regulariser_needs_more_wrong_labels(pull: float, held: float) -> None:
-    one = Selection(10, 2, known=True, seed=0, device="cpu")
+    one = Selection(10, 2, samples=10, seed=0, device="cpu")
     one.pull = pull
     assert (one.hold(tail=False), one.hold(tail=True)) == (pull, held)
 
@@ -1201,7 +1227,7 @@ def test_the_regulariser_is_as_strong_as_labels_are_wrong() -> None:
     """Where none are, averages of an unsteady network do harm."""
     score, given = torch.arange(40.0), torch.arange(40) % 4
     for share, pull in ((0.0, 0.0), (0.05, 0.0), (0.5, 1.0), (1.0, 1.0)):  # of ten samples, 5 % are none
-        selection = Selection(40, 4, known=True, seed=0, device="cpu")
+        selection = Selection(40, 4, samples=40, seed=0, device="cpu")
         selection.share.fill_(share)
         selection._judge(score, given)
         code = selection.code[:-1]

@@ -516,3 +516,26 @@ def test_stored_images_keep_their_memory_format(tmp_path: Path) -> None:
     assert drawn.is_contiguous(memory_format=torch.channels_last)
     fsr.dictionary.draw(4, torch.Generator().manual_seed(0))
     assert train(model, fsr) == train(other, resumed)
+
+
+@pytest.mark.parametrize("rule", [{}, CLIP])
+@pytest.mark.parametrize("number", [400, 700])
+def test_a_run_that_did_not_know_how_many_samples_there_are_goes_on_with_one_that_does(
+    rule: dict[str, Any], number: int
+) -> None:
+    model, fsr = make(num_samples=None, **rule)
+    for _ in range(3):
+        train(model, fsr, 1, 0.3)
+        fsr.end_epoch()
+    assert len(fsr.scores) == 512
+    other_model, other = make(num_samples=number, **rule)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(fsr.state_dict()))
+    assert len(other.scores) == number
+    assert torch.equal(other.scores[:400], fsr.scores[:400])
+    assert other.label_issues()[:400].equals(fsr.label_issues())
+    again = make(num_samples=number, **rule)[1]
+    again.load_state_dict(other.state_dict())
+    assert train(model, fsr, 1, 0.3) == train(other_model, other, 1, 0.3)
+    with pytest.raises(ValueError, match="samples of up to index 399, this data set has 300"):
+        make(num_samples=300, **rule)[1].load_state_dict(fsr.state_dict())
