@@ -194,6 +194,7 @@ def true_prior(memory: Memory) -> Tensor | None:
         return None
     total = sum(rows.sum() for _, rows in predictions(memory, None))
     assert isinstance(total, Tensor)
+    total = total - memory.table.score[: known_rows(memory)].isnan().sum().cpu() / len(total)  # who was never seen
     return (memory.balance * (total / total.mean()).clamp(min=1e-6).log()).float()
 
 
