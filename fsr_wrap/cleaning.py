@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from .data import LABELS, IndexedDataset, check_map_style, is_hugging_face, is_stream
+from .data import LABELS, check_map_style, is_hugging_face, is_stream
 from .issues import find_issues
+from .lookup import check_labels, column_of, indices_of, is_whole, numbers_in
 from .memory import Memory
 from .opinions import known_rows
 
@@ -31,6 +32,7 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
     rows = known_rows(memory)
     number = indices_of(dataset, column, rows)
     flagged, predicted = _verdict(memory, table, rows)
+    check_labels(memory, dataset, number, flagged)
     flagged, predicted = flagged[number], predicted[number]
     if drop:
         kept = (~flagged).nonzero()[:, 0].tolist()
@@ -48,36 +50,26 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
     return RelabelledDataset(dataset, dict(zip(where.tolist(), pairs, strict=True)))
 
 
-def indices_of(dataset: Any, column: str, rows: int) -> Tensor:
-    """The index of each sample of a data set, (n,), that is the one of `rows` samples that was trained on, or a part.
-
-    **Raises:** `ValueError` if it cannot be.
-    """
-    number = _indices(dataset, column)
-    if number is None:
-        if len(dataset) != rows:
-            raise ValueError(
-                f"The data set has {len(dataset)} samples, and {rows} were trained on. Give the one that was trained "
-                "on, or a part of it whose samples have their indices: a part of with_index(dataset)."
-            )
-        number = torch.arange(rows)
-    if len(number) and not 0 <= int(number.min()) <= int(number.max()) < rows:
-        raise ValueError(
-            f"The data set's indices go from {int(number.min())} to {int(number.max())}, and {rows} samples were "
-            "trained on: give the data set that was trained on."
-        )
-    return number
-
-
 def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor, Tensor]:
     """Which labels are wrong, and what they are to be, (N,) each."""
     if table is None:
         found = find_issues(memory)
         return found.is_issue, found.predicted
-    wrong = table[table["is_label_issue"].astype(bool)]
-    index = torch.tensor(wrong.index.to_list(), dtype=torch.int64)
+    if "index" in table.columns:  # as a CSV file has it, or reset_index()
+        table = table.set_index("index")
+    index = torch.tensor(table.index.to_list(), dtype=torch.int64)
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < rows:
         raise ValueError(f"The table of issues has indices outside [0, {rows}), the samples that were trained on.")
+    if "given_label" in table.columns:
+        told = torch.tensor(table["given_label"].fillna(-1).astype("int64").to_list(), dtype=torch.int64)
+        given = memory.given.known()[:rows].cpu().long()[index]
+        if bool(((told != given) & (told >= 0)).any()):
+            raise ValueError(
+                "The table of issues has another given_label than was trained on: its index is not that of the "
+                "samples, or it is of another run."
+            )
+    wrong = table[table["is_label_issue"].astype(bool)]
+    index = torch.tensor(wrong.index.to_list(), dtype=torch.int64)
     flagged, predicted = torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
     flagged[index] = True
     predicted[index] = torch.tensor(wrong["predicted_label"].fillna(-1).astype("int64").to_list(), dtype=torch.int64)
@@ -85,20 +77,6 @@ def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor
     if int(predicted.max()) >= classes:
         raise ValueError(f"The table of issues has a predicted_label of {int(predicted.max())}; there are {classes}.")
     return flagged, predicted
-
-
-def _indices(dataset: Any, column: str) -> Tensor | None:
-    """The index of each of its samples, (n,), None if they have none."""
-    if is_hugging_face(dataset, "Dataset"):
-        if column not in dataset.column_names:
-            return None
-        return torch.as_tensor(dataset.with_format("numpy")[column][:].astype("int64"))
-    if isinstance(dataset, IndexedDataset):
-        return torch.arange(len(dataset))
-    if isinstance(dataset, Subset):
-        inside = _indices(dataset.dataset, column)
-        return None if inside is None else inside[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
-    return None
 
 
 class RelabelledDataset(Subset[Any]):
@@ -122,11 +100,7 @@ class RelabelledDataset(Subset[Any]):
 
 def _changed(sample: Any, position: int, given: int, new: int) -> Any:
     """The sample with the new label. **Raises:** `ValueError` if the given one is not found in it."""
-    if isinstance(sample, Mapping):
-        places: list[Any] = [key for key in LABELS if key in sample]
-    else:
-        places = [1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else []
-    places = [place for place in places if _is_label(sample[place], given)]
+    places = [place for place, number in numbers_in(sample).items() if number == given and place in (*LABELS, 1)]
     if not places:
         raise ValueError(
             f"Sample {position} was trained on with the label {given}, which is not found in it: looked at was "
@@ -141,19 +115,13 @@ def _changed(sample: Any, position: int, given: int, new: int) -> Any:
     return type(sample)([*sample[:1], label, *sample[2:]])
 
 
-def _is_label(value: Any, given: int) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_floating_point() and int(value) == given
-    return hasattr(value, "__index__") and int(value) == given
-
-
 def _relabelled(dataset: Any, flagged: Tensor, given: Tensor, predicted: Tensor) -> Any:
     """The Hugging Face data set with the predicted labels where they are flagged."""
     known = given >= 0
     found = []
     for name, feature in dataset.features.items():
-        if getattr(feature, "dtype", "").startswith(("int", "uint")):
-            values = torch.as_tensor(dataset.with_format("numpy")[name][:].astype("int64"))
+        if is_whole(feature):
+            values = column_of(dataset, name)
             if torch.equal(values[known], given[known]):
                 found.append((name, values))
     if len(found) != 1:
@@ -166,5 +134,5 @@ def _relabelled(dataset: Any, flagged: Tensor, given: Tensor, predicted: Tensor)
     form, feature = dataset.format, dataset.features[name]
     mended = torch.where(flagged, predicted, values).numpy()
     plain = dataset.with_format(None)
-    changed = plain.remove_columns(name).add_column(name, mended, feature=feature).select_columns(plain.column_names)
+    changed = plain.remove_columns(name).addcolumn_of(name, mended, feature=feature).select_columns(plain.column_names)
     return changed.with_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])

@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def look(dataset: Any, position: int, to_image: Callable[[Any], Any] | None = No
 
     **Raises:** `ValueError` if `to_image` gives something else.
     """
-    with _streams_kept():
+    with streams_kept():
         if to_image is not None:
             given = to_image(dataset[position])
             shown = given if isinstance(given, str) else as_image(given)
@@ -79,17 +80,17 @@ def look(dataset: Any, position: int, to_image: Callable[[Any], Any] | None = No
 
 
 @contextmanager
-def _streams_kept() -> Iterator[None]:
+def streams_kept() -> Iterator[None]:
     """Within it, augmentations may draw; the user's random numbers afterwards are those of before."""
-    import numpy
-
-    own, others = random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    own, numpy = random.getstate(), sys.modules.get("numpy")
+    others = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(own)
-        numpy.random.set_state(others)  # noqa: NPY002
+        if numpy is not None:
+            numpy.random.set_state(others)
 
 
 def find(sample: Any) -> Image | str | None:

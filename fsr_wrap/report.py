@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cleaning import indices_of
 from .data import check_map_style
 from .issues import check_class_names, is_too_early, label_issues_from_memory
+from .lookup import check_labels, indices_of
 from .memory import Memory
 from .selection import HELD
 from .shares import rank_within
@@ -140,7 +140,7 @@ class _Page:
         """The worst offenders, and the worst of each pair of classes, with what they look like."""
         from .pictures import clipped, look, thumbnail
 
-        position = _positions(dataset, column, len(self._labels))
+        position = _positions(self._memory, dataset, column, self._is_issue)
         cards: list[_Card] = []
         spent = 0
         for place in self._chosen().tolist():
@@ -270,13 +270,14 @@ def _numbers(column: Any) -> Tensor:
     return torch.tensor(column.fillna(-1).to_numpy("int64"))
 
 
-def _positions(dataset: Any, column: str, rows: int) -> Callable[[int], int | None]:
+def _positions(memory: Memory, dataset: Any, column: str, flagged: Tensor) -> Callable[[int], int | None]:
     """Where in the data set the sample of an index is, None if it is not there.
 
-    **Raises:** `TypeError` for a stream or no data set; `ValueError` as in `indices_of`.
+    **Raises:** `TypeError` for a stream or no data set; `ValueError` as in `indices_of` and `check_labels`.
     """
     check_map_style(dataset, "fsr.report(folder, dataset=train_set)")
-    number = indices_of(dataset, column, rows)
+    number = indices_of(dataset, column, len(flagged))
+    check_labels(memory, dataset, number, flagged)
     place = {index: position for position, index in reversed(list(enumerate(number.tolist())))}
     return place.get
 

@@ -49,13 +49,14 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-        self.files = [path for name in self.classes for path in _pictures(root / name)]
+        self.files = [(path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name)]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        return self.files[index].read_bytes()
+        path, label = self.files[index]
+        return path.read_bytes(), label
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from test_distributed import build, global_batches
 from test_distributed import digits as digits_of_several
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, random_split
 
 from fsr_wrap import FSRWrapper, distributed, issues, opinions, with_index
 from fsr_wrap.issues import Evidence, judge
@@ -521,12 +521,84 @@ def test_what_cannot_be_cleaned_is_refused(noisy: Any) -> None:
         fsr.cleaned(hugging_face(given).to_iterable_dataset(), drop=True)
     with pytest.raises(TypeError, match="is no data set"):
         fsr.cleaned(torch.utils.data.DataLoader(dataset), drop=True)
-    turned = TensorDataset(x, given.roll(1))
-    mended = fsr.cleaned(turned, relabel=True)
+    worst = fsr.label_issues().label_quality.argmin()
+    corrected, best = given.clone(), given.clone()
+    corrected[worst] = (given[worst] + 1) % 10
+    best[fsr.label_issues().label_quality.argmax()] += 1
     with pytest.raises(ValueError, match="not found in it"):
-        list(mended)
+        list(fsr.cleaned(TensorDataset(x, corrected), relabel=True))
     with pytest.raises(ValueError, match="no column"):
-        fsr.cleaned(hugging_face(given.roll(1)), relabel=True)
+        fsr.cleaned(hugging_face(best % 10), relabel=True)
+
+
+class Reordered(torch.utils.data.Dataset[Any]):
+    """A data set of somebody's own around another."""
+
+    def __init__(self, dataset: Any, order: list[int]) -> None:
+        self.inner, self.order = dataset, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.inner[self.order[position]]
+
+
+def test_another_order_or_another_data_set_is_refused(noisy: Any, tmp_path: Path) -> None:
+    x, given, _, fsr = noisy
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(1))
+    plain = TensorDataset(x, given)
+    others = [
+        TensorDataset(x[order], given[order]),
+        ConcatDataset(random_split(plain, [0.5, 0.5], torch.Generator().manual_seed(2))),
+        Reordered(with_index(plain), order.tolist()),
+        with_index(TensorDataset(x[order[:500]], given[order[:500]])),
+        Kinds("dict", x[order], given[order]),
+        hugging_face(given[order]),
+        TensorDataset(x, (given + 1) % 10),
+    ]
+    for other in others:
+        for ask in ({"drop": True}, {"relabel": True}):
+            with pytest.raises(ValueError, match=r"not the data set that was trained on, or not in its order: of \d+"):
+                fsr.cleaned(other, **ask)
+        with pytest.raises(ValueError, match="not the data set that was trained on"):
+            fsr.report(tmp_path, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_data_set_is_known_again(noisy: Any) -> None:
+    """In other clothes: in parts with indices, with right labels, with other labels beside, or with none at all."""
+    x, given, right, fsr = noisy
+    flagged = fsr.label_issues()["is_label_issue"].to_numpy()
+    indexed = with_index(TensorDataset(x, given))
+    halves = random_split(indexed, [0.5, 0.5], torch.Generator().manual_seed(2))
+    dropped = fsr.cleaned(ConcatDataset(halves), drop=True)
+    assert sorted(int(sample[-1]) for sample in dropped) == (~flagged).nonzero()[0].tolist()
+    corrected = torch.where(torch.tensor(flagged), right, given)
+    numbers = torch.randperm(10, generator=torch.Generator().manual_seed(3)) * 7 + 2  # of the same classes
+    noise = torch.randint(10, given.shape, generator=torch.Generator().manual_seed(4))
+    same = [TensorDataset(x, y) for y in (given, right, corrected, given + 1, numbers[given], torch.zeros_like(given))]
+    same += [TensorDataset(x), TensorDataset(x, x), TensorDataset(x, noise, given)]
+    same += [hugging_face(y) for y in (given, right)]
+    same += [hugging_face(noise).add_column("other", given.numpy()), hugging_face(given).remove_columns("label")]
+    state = torch.get_rng_state()
+    for dataset in same:
+        assert len(fsr.cleaned(dataset, drop=True)) == (~flagged).sum()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_table_is_read_by_its_indices(noisy: Any, tmp_path: Path) -> None:
+    x, given, _, fsr = noisy
+    dataset, table = TensorDataset(x, given), fsr.label_issues()
+    kept = fsr.cleaned(dataset, drop=True).indices
+    fsr.report(tmp_path)
+    from_file = pd.read_csv(tmp_path / "label_issues.csv")
+    worst_first = table.sort_values("label_quality")
+    for same in (from_file, from_file.set_index("index"), worst_first, worst_first.reset_index()):
+        assert fsr.cleaned(dataset, drop=True, issues=same).indices == kept
+        assert fsr.cleaned(dataset, drop=True, issues=same[same["is_label_issue"]]).indices == kept
+    with pytest.raises(ValueError, match="another given_label than was trained on"):
+        fsr.cleaned(dataset, drop=True, issues=worst_first.reset_index(drop=True))
 
 
 def test_labels_that_are_judged_make_no_difference_to_who_asks() -> None:

@@ -495,16 +495,26 @@ def test_the_command_says_what_the_wrapper_says(
     assert told.err == ""
 
 
-def test_the_command_shows_data(folder: Path, tmp_path: Path) -> None:
+def test_the_command_shows_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    x, y, _ = digits(0.3)
+    order = y.argsort(stable=True)  # as in folders, class by class
+    model, fsr = make()
+    for _ in range(4):
+        for index in torch.randperm(400).split(50):
+            step(model, fsr, x[order[index]], y[order[index]], index)
+    fsr.save(folder := tmp_path / "checkpoint")
+    fsr._memory.class_names = [f"name {number}" for number in range(10)]
+    fsr.save(named := tmp_path / "named")
+    labels = y[order].tolist()
     names = [f"name {number}" for number in range(10)]
     root = tmp_path / "folders"
     rows = []
     for index in range(400):
-        place = root / names[index // 40] / f"{index:03}.png"
+        place = root / names[labels[index]] / f"{index:03}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(Pictures(400)[index][0]).save(place)
-        rows.append({"image": {"bytes": place.read_bytes(), "path": None}, "label": index // 40})
+        rows.append({"image": {"bytes": place.read_bytes(), "path": None}, "label": labels[index]})
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     table = pyarrow.Table.from_pylist(rows)
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -519,6 +529,16 @@ def test_the_command_shows_data(folder: Path, tmp_path: Path) -> None:
         found = [int(card["data-index"] or -1) for card in page.cards]
         assert [colour(image["src"]) for image in page.all("img")] == found == page.rows["index"]
         assert set(page.rows["names"].values()) <= set(names)
+    # Where a run knows the names of its classes, it knows folders that were renamed since; else others in number.
+    (root / names[0]).rename(root / "the first, renamed")
+    capsys.readouterr()
+    assert main(["report", str(named), "--out", str(tmp_path / "other"), "--data", str(root)]) == 2
+    assert "classes have other names, 'name 1' in place of 'name 0' first" in capsys.readouterr().err
+    for path in list((root / "name 2").iterdir())[1:]:
+        path.rename(root / "name 9" / path.name)
+    assert main(["report", str(folder), "--out", str(tmp_path / "other"), "--data", str(root)]) == 2
+    assert "It is not the data set that was trained on, or not in its order" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def spoil(kind: str, folder: Path, tmp_path: Path) -> Path:

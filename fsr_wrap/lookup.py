@@ -1,0 +1,147 @@
+"""Where a data set has the samples that were trained on, and whether it is the one that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from .data import LABELS, IndexedDataset, class_names, is_hugging_face
+from .memory import Memory
+from .pictures import streams_kept
+
+# Labels compared, of a data set whose samples must be read, and at least; how far they must agree, from 0 by chance to
+# 1; and how many of each class tell that its classes have other numbers.
+_COMPARED, _FEWEST, _AGREES, _EACH = 64, 10, 0.6, 4
+
+
+def indices_of(dataset: Any, column: str, rows: int) -> Tensor:
+    """The index of each sample of a data set, (n,), that is the one of `rows` samples that was trained on, or a part.
+
+    **Raises:** `ValueError` if it cannot be.
+    """
+    number = _indices(dataset, column)
+    if number is None:
+        if len(dataset) != rows:
+            raise ValueError(
+                f"The data set has {len(dataset)} samples, and {rows} were trained on. Give the one that was trained "
+                "on, or a part of it whose samples have their indices: a part of with_index(dataset)."
+            )
+        number = torch.arange(rows)
+    if len(number) and not 0 <= int(number.min()) <= int(number.max()) < rows:
+        raise ValueError(
+            f"The data set's indices go from {int(number.min())} to {int(number.max())}, and {rows} samples were "
+            "trained on: give the data set that was trained on."
+        )
+    return number
+
+
+def _indices(dataset: Any, column: str) -> Tensor | None:
+    """The index of each of its samples, (n,), None if they have none."""
+    if is_hugging_face(dataset, "Dataset"):
+        if column not in dataset.column_names:
+            return None
+        return torch.as_tensor(dataset.with_format("numpy")[column][:].astype("int64"))
+    if isinstance(dataset, IndexedDataset):
+        return torch.arange(len(dataset))
+    if isinstance(dataset, Subset):
+        inside = _indices(dataset.dataset, column)
+        return None if inside is None else inside[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_indices(part, column) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+    return None
+
+
+def check_labels(memory: Memory, dataset: Any, number: Tensor, flagged: Tensor) -> None:
+    """Looks whether it is the data set that was trained on, in its order: by the names of its classes and by its
+    labels, where they are found.
+
+    Labels that do not look wrong are compared with the given ones; of a torch data set some samples are read. Others
+    may have been trained on than the data set has: but labels of another order agree no more than by chance.
+
+    **Arguments:** `number` (n,), as `indices_of` gives it; `flagged` (N,) bool.
+
+    **Raises:** `ValueError` if they do.
+    """
+    names, own = class_names(dataset), memory.class_names
+    if names is not None and own is not None and names != own:
+        other = next((pair for pair in zip(names, own, strict=False) if pair[0] != pair[1]), (len(names), len(own)))
+        raise ValueError(
+            f"It is not the data set that was trained on: its classes have other names, {other[0]!r} in place of "
+            f"{other[1]!r} first."
+        )
+    given = memory.given.known()[: len(flagged)].cpu().long()[number]
+    where = ((given >= 0) & ~flagged[number]).nonzero()[:, 0]
+    if is_hugging_face(dataset, "Dataset"):
+        whole = [name for name, feature in dataset.features.items() if is_whole(feature)]
+        found = {name: column_of(dataset, name)[where] for name in whole}
+    else:
+        where = where[torch.linspace(0, len(where) - 1, min(len(where), _COMPARED)).long()]
+        with streams_kept():
+            read = [numbers_in(dataset[position]) for position in where.tolist()]
+        always = [place for place in read[0] if all(place in numbers for numbers in read)] if read else []
+        found = {place: torch.tensor([numbers[place] for numbers in read]) for place in always}
+    told = {place: labels for place, labels in found.items() if (labels != labels[:1]).any()}
+    usual = [labels for place, labels in told.items() if place in (*LABELS, 1)]
+    classes = memory.num_classes or 0
+    if len(where) >= _FEWEST and usual and not any(_agree(labels, given[where], classes) for labels in told.values()):
+        differ = usual[0] != given[where]
+        first = int(differ.byte().argmax())
+        raise ValueError(
+            f"It is not the data set that was trained on, or not in its order: of {len(where)} labels that do not look "
+            f"wrong {int(differ.sum())} are others. Sample {int(where[first])} has {int(usual[0][first])}, and "
+            f"{int(given[where[first]])} was trained on. Give the data set that was trained on."
+        )
+
+
+def _agree(found: Tensor, given: Tensor, classes: int) -> bool:
+    """Whether labels agree with the given ones by more than chance.
+
+    If they are no numbers of classes, classes may have got theirs in training: counted from another one on, or one by
+    one.
+    """
+    made = [found]
+    if int(found.max()) >= classes:
+        values, place = found.unique(return_inverse=True)
+        likeliest = torch.stack([given[place == k].mode().values for k in range(len(values))])
+        made = [found + (given - found).mode().values]
+        if len(likeliest.unique()) == len(values) and len(given) >= _EACH * len(values):
+            made.append(likeliest[place])
+    return any(_kappa(labels, given) >= _AGREES for labels in made)
+
+
+def _kappa(one: Tensor, other: Tensor) -> float:
+    """Agreement beyond chance (Cohen, 1960): 1 where all are the same, about 0 where none is but by chance."""
+    _, both = torch.cat([one, other]).unique(return_inverse=True)
+    first, second = (torch.bincount(part, minlength=int(both.max()) + 1) / len(one) for part in both.chunk(2))
+    chance, agree = float(first @ second), float((one == other).float().mean())
+    return (agree - chance) / (1 - chance) if chance < 1 else agree
+
+
+def is_whole(feature: Any) -> bool:
+    """Whether a column of a Hugging Face data set has whole numbers."""
+    return getattr(feature, "dtype", "").startswith(("int", "uint"))
+
+
+def column_of(dataset: Any, name: str) -> Tensor:
+    return torch.as_tensor(dataset.with_format("numpy")[name][:].astype("int64"))
+
+
+def numbers_in(sample: Any) -> dict[Any, int]:
+    """The whole numbers of a sample, by key, or by place from the second on."""
+    if isinstance(sample, Mapping):
+        parts: list[tuple[Any, Any]] = [(key, sample[key]) for key in (*LABELS, *sample) if key in sample]
+    else:
+        parts = list(enumerate(sample))[1:] if isinstance(sample, (tuple, list)) else []
+    return {place: int(value) for place, value in parts if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_floating_point()
+    return hasattr(value, "__index__")
