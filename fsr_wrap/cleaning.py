@@ -134,5 +134,5 @@ def _relabelled(dataset: Any, flagged: Tensor, given: Tensor, predicted: Tensor)
     form, feature = dataset.format, dataset.features[name]
     mended = torch.where(flagged, predicted, values).numpy()
     plain = dataset.with_format(None)
-    changed = plain.remove_columns(name).addcolumn_of(name, mended, feature=feature).select_columns(plain.column_names)
+    changed = plain.remove_columns(name).add_column(name, mended, feature=feature).select_columns(plain.column_names)
     return changed.with_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])
