@@ -1,4 +1,8 @@
-"""Whether one index is one sample: a sample keeps its given label, so an index that comes with another one does not."""
+"""The given labels, and how often each class comes.
+
+They also tell whether one index is one sample: a sample keeps its given label, so an index that comes with another one
+is several.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from .distributed import rank
 _UNSEEN = -1
 _SEVERAL = 64  # batches compared at once
 _SHARE = 1000  # one label in as many may differ: those that were corrected since
+_RENEWED = 0.2  # of the frequencies of classes, with each epoch
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
@@ -20,7 +25,8 @@ def label_dtype(num_classes: int) -> torch.dtype:
 
 
 class GivenLabels:
-    """The given label of each index, 2 bytes a sample (4 from 2¹⁵ classes on), and how often another one came.
+    """The given label of each index, 2 bytes a sample (4 from 2¹⁵ classes on), and how often another one came; and how
+    often each class came.
 
     Samples that come again are no evidence: a sampler may draw with replacement, repeat augmentations or fill the last
     batch. That one index comes with two labels is. They are compared some batches at a time, and nothing waits for the
@@ -37,6 +43,9 @@ class GivenLabels:
         self._other = torch.zeros((), dtype=torch.int64, device=device)  # of them with another label than before
         self._waiting: list[Tensor] = []  # index and label of batches, (2, b) each
         self._warned = False
+        self._drawn = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)  # in this epoch; the last: nobody
+        # How often each class comes in an epoch, a moving average, (C,) on the host. Samplers may prefer some.
+        self.frequency = torch.zeros(num_classes, dtype=torch.float64, device="cpu")
 
     def note(self, batch: Tensor) -> None:
         """Takes note of the indices and labels of a batch, (2, b) int64; index −1 is nobody, and label C
@@ -56,11 +65,17 @@ class GivenLabels:
         self.label[index] = label
         other = ((label != before) & (before != _UNSEEN)) | (label != self.label[index])
         self._other += (other & (index >= 0)).sum()
+        came = torch.where(index >= 0, label.long(), self._classes)
+        self._drawn.index_add_(0, came, torch.ones_like(came))
         self._waiting = []
 
     def end_epoch(self) -> None:
-        """Warns, once, if there were other labels than before. Synchronises with the device."""
+        """Counts classes. Warns, once, if there were other labels than before. Synchronises with the device."""
         self._compare()
+        drawn = self._drawn[:-1].double().cpu()
+        if drawn.any():
+            self.frequency = self.frequency.lerp(drawn, _RENEWED) if self.frequency.any() else drawn
+        self._drawn.zero_()
         other, visits = int(self._other), self._visits
         self._other.zero_()
         self._visits = 0
@@ -95,13 +110,20 @@ class GivenLabels:
     def to(self, device: torch.device) -> None:
         """Moves all of it."""
         self._compare()
-        self.label, self._other = self.label.to(device), self._other.to(device)
+        self.label, self._other, self._drawn = (one.to(device) for one in (self.label, self._other, self._drawn))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The labels without the spare row."""
+        """The labels without the spare row, and the counts."""
         self._compare()
-        return {"label": self.label[:-1].clone()}
+        return {
+            "label": self.label[:-1].clone(),
+            "drawn": self._drawn[:-1].clone(),
+            "frequency": self.frequency.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the labels back."""
+        """Takes all of it back. Checkpoints of earlier versions have the labels alone."""
         self.label[:-1] = state["label"]
+        if "drawn" in state:
+            self._drawn[:-1] = state["drawn"]
+            self.frequency.copy_(state["frequency"])

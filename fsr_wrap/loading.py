@@ -94,6 +94,11 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     if selects or "given" in state:
         label = _tensor(state["given"], "label", label_dtype(classes), (rows,))
         _need(_within(label, -1, classes), "given/label", "a class that is not there")
+        if "drawn" in state["given"]:  # not in checkpoints of earlier versions
+            drawn = _tensor(state["given"], "drawn", torch.int64, (classes,))
+            often = _tensor(state["given"], "frequency", torch.float64, (classes,))
+            good = bool((drawn >= 0).all()) and bool((often.isfinite() & (often >= 0)).all())
+            _need(good, "given/drawn", "no numbers of samples")
     if "visits" in state:
         seen, unused = (_tensor(state["visits"], name, torch.int16, (rows,)) for name in ("seen", "unused"))
         _need(bool(((unused >= 0) & (unused <= seen)).all()), "visits", "more without a label than there were")

@@ -178,17 +178,24 @@ class Memory:
         return self.visits.seen.int() + seen, self.visits.unused.int() + (seen & unused)
 
     def _count_classes(self, given: Tensor) -> None:
-        """How often each class was given, labels that are taken for wrong left out: the prior, and the margins."""
-        counts = given >= 0
+        """How often each class comes, labels that are taken for wrong left out: the prior; and how many samples of it
+        there are: the margins."""
+        known = counts = given >= 0
         if self.selection is not None:
-            counts &= self.selection.code[:-1] != WRONG
-        number = torch.bincount(given[counts].long(), minlength=self.dictionary.num_classes)
+            counts = known & (self.selection.code[:-1] != WRONG)
+        everybody, number = (
+            torch.bincount(given[those].long(), minlength=self.dictionary.num_classes) for those in (known, counts)
+        )
         self.margin = None
         # As long as labels are not judged margins would teach wrong ones, most of which are those of rare classes.
         if self.selection is not None and self.selection.active:
             margin = (class_margins(number) * self.balance).float()
             self.margin = margin if margin.any() else None
-        number = number.clamp(min=1).double()
+        frequency = self.given.frequency.to(number.device)
+        often = frequency * (
+            len(given[known]) / frequency.sum().clamp(min=1)
+        )  # as if each sample came once, on average
+        number = (often * number / everybody.clamp(min=1)).clamp(min=1)
         self.log_prior = (self.balance * (number / number.mean()).log()).float()
 
     def reward_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsr_wrap import confusions
+from fsr_wrap import collisions, confusions
 from fsr_wrap import functional as formulas  # its numbers alone, as those below
 from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
 from fsr_wrap import shares as estimates  # its numbers too
@@ -107,6 +107,8 @@ class Oracle:
         self.prior = torch.zeros(classes, dtype=torch.float64)  # τ log π
         self.margin = [0.0] * classes  # by how much labels must be ahead
         self.given: dict[int, int] = {}  # the label of each sample, as it came last
+        self.came: Counter[int] = Counter()  # how often each class did, in this epoch
+        self.often = [0.0] * classes  # and in an epoch, on average
         self.codes = dict.fromkeys(held, HELD)  # of samples that are not trained on
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
@@ -196,6 +198,7 @@ class Oracle:
             sample = self.samples.setdefault(batch.index[i], Sample())
             if batch.own_label and i not in batch.hidden:
                 self.given[batch.index[i]] = batch.label[i]
+                self.came[batch.label[i]] += 1
             if sample.epoch == self.epoch:
                 continue  # once an epoch
             label, right = batch.label[i], clean_logits[i].argmax().item() == batch.label[i]
@@ -613,10 +616,13 @@ class Oracle:
         return right(low)
 
     def count_classes(self) -> None:
-        """τ log π, of labels that are not taken for wrong; a class has one sample at least. Twice where right
-        labels are learned by heart."""
+        """τ log π, of how often each class comes with labels that are not taken for wrong; a class has one sample at
+        least. Twice where right labels are learned by heart."""
         believed = [g for i, g in self.given.items() if self.codes.get(i) != WRONG]
-        share = torch.tensor([float(max(1, believed.count(g))) for g in range(self.classes)], dtype=torch.float64)
+        everybody, total = list(self.given.values()), max(1.0, sum(self.often))
+        part = [believed.count(g) / max(1, everybody.count(g)) for g in range(self.classes)]
+        number = [len(everybody) * often / total * p for often, p in zip(self.often, part, strict=True)]
+        share = torch.tensor([max(1.0, one) for one in number], dtype=torch.float64)
         more = 1 - self.pull if self.judging else 0.0
         self.prior = (1 + more) * self.c.class_balance * (share / share.sum()).log()
         sizes = {g: believed.count(g) for g in set(believed)} if self.judging else {}
@@ -648,6 +654,10 @@ class Oracle:
         self.drawn.clear()
         self.epoch += 1
         self.consumed = 0
+        if self.came:
+            share = collisions._RENEWED if any(self.often) else 1.0
+            self.often = [old + share * (self.came[g] - old) for g, old in enumerate(self.often)]
+            self.came.clear()
         if self.selects:
             self.judge_all()
         self.count_classes()

@@ -864,6 +864,31 @@ def test_in_a_long_tail_the_regulariser_needs_more_wrong_labels(pull: float, hel
     assert (one.hold(tail=False), one.hold(tail=True)) == (pull, held)
 
 
+@pytest.mark.parametrize("rule", [{}, {"weight_rule": "clip", "class_balance": 1.0}])
+def test_classes_are_as_frequent_as_the_sampler_draws_them(rule: dict[str, Any]) -> None:
+    """A sampler that draws all classes as often has balanced them already; when it is left, it is forgotten."""
+    size = torch.tensor([400, 100, 20])
+    label = torch.arange(3).repeat_interleave(size)
+    x, model = nn.functional.one_hot(label).float(), nn.Linear(3, 3)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=len(label), **rule)
+
+    def epochs(number: int, weight: Tensor | None) -> Tensor:
+        for _ in range(number):
+            order = torch.randperm(len(label)) if weight is None else weight[label].multinomial(len(label), True)
+            for index in order.split(130):
+                fsr.loss(model(x[index]), label[index], index).backward()
+                fsr.step()
+                fsr.zero_grad()
+        assert fsr._memory.log_prior is not None
+        return fsr._memory.log_prior
+
+    torch.manual_seed(0)
+    natural = (size.double() / size.double().mean()).log().float()
+    assert torch.equal(epochs(3, None), natural)
+    assert epochs(20, 1 / size).abs().max() < 0.2
+    assert_close(epochs(20, None), natural, 0.05)
+
+
 def test_once_labels_are_judged_those_of_rare_classes_are_held_back() -> None:
     """The loss is that of the logits less the margins; no classes of one size have any."""
     torch.manual_seed(0)
