@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+from torch import Tensor
+
 from .distributed import rank
 from .memory import Memory
 from .pushers import stored_epoch
@@ -21,6 +24,7 @@ class Reminders:
         self._per_epoch = samples_per_epoch
         self._idle_steps = self._idle_samples = 0
         self._valued = self._warned_of_loss = False
+        self._before: Tensor | None = None  # samples that came before one came again, () int64; -1: none did
 
     def valued(self) -> None:
         """`loss()` was called."""
@@ -42,16 +46,23 @@ class Reminders:
                 stacklevel=4,
             )
 
+    def came(self, new: Tensor, before: int) -> None:
+        """A batch of the first epoch came, after `before` samples; `new` (b,) bool, who comes for the first time."""
+        if self._before is None:
+            self._before = torch.full((), -1, dtype=torch.int64, device=new.device)
+        first = ~new.all() & (self._before < 0)
+        self._before = torch.where(first, before, self._before)
+
     def epoch_ends(self, memory: Memory, size: int) -> None:
-        """Warns after the first epoch if the loader's is shorter: `size` samples came last, and the first of them to
-        come again. Synchronises with the device."""
-        if memory.epoch or self._per_epoch is None or memory.consumed <= self._per_epoch or rank():
+        """Warns after the first epoch if the loader's is shorter: since one came again nobody new did, or that was in
+        the last batch, of `size` samples. Synchronises with the device."""
+        if memory.epoch or self._per_epoch is None or self._before is None or rank():
             return
-        seen, loaders = int((memory.table.epoch[:-1] == stored_epoch(0)).sum()), memory.consumed - size
-        if loaders <= seen < self._per_epoch:
+        seen, loaders = int((memory.table.epoch[:-1] == stored_epoch(0)).sum()), int(self._before)
+        if loaders == seen < self._per_epoch or memory.consumed - size == loaders <= seen < self._per_epoch:
             warnings.warn(
                 f"FSR counts {self._per_epoch} samples an epoch, but samples came again after {loaders}, so its epochs "
-                f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (drop_last=True leaves "
-                "samples out), or load the short last batch too.",
+                f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (a sampler or "
+                "drop_last=True leaves samples out), or load the others too.",
                 stacklevel=5,
             )

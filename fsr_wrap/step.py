@@ -63,6 +63,7 @@ class Reweighting:
         self.intake = Intake(core, head, config)
         self.head, self.config, self.memory = head, config, memory
         self.weights: Tensor | None = None  # of the last batch
+        self.new: Tensor | None = None  # who of it came for the first time in this epoch
         self._pusher: Pusher = config.get_pusher()
         self._recorded: list[_Decision] | None = None
         self._replayed: deque[_Decision] = deque()
@@ -140,6 +141,7 @@ class Reweighting:
         """The batch's weights and targets; updates what FSR knows. `adjusted`: the logits plus the log-prior."""
         memory, valid, selection = self.memory, batch.valid, self.memory.selection
         seen = self._look(batch, logits, adjusted)
+        self.new = seen.new
         step, counts, mean_square = self._look_ahead(batch, seen)
         size, reward_loss, skipped = sum(counts), None, None
         if selection is not None:

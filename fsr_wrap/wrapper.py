@@ -215,7 +215,9 @@ class FSRWrapper(Optimizer):
 
     def _count(self, size: int) -> None:
         """Ends the epoch when its samples are consumed; reminds of `end_epoch` where their number is not known."""
-        memory = self._memory
+        memory, new = self._memory, self._reweighting.new
+        if memory.epoch == 0 and size and new is not None:
+            self._reminders.came(new, memory.consumed)
         memory.consumed += size
         if self._samples_per_epoch is not None:
             if memory.consumed >= self._samples_per_epoch:

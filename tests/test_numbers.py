@@ -340,11 +340,28 @@ def test_epochs_that_drift_from_the_loaders_are_said_once(batch_size: int) -> No
     epochs(2)
 
 
+@pytest.mark.parametrize("length", [50, 100, 200, 320])
+def test_a_sampler_of_a_part_is_said_once(length: int) -> None:
+    model, fsr = make()
+    x, y, _ = digits()
+    part = torch.randperm(N)[:length]
+
+    def epochs(number: int) -> None:
+        for _ in range(number):
+            for index in part[torch.randperm(length)].split(64):
+                step(model, fsr, x[index], y[index], index)
+
+    with pytest.warns(UserWarning, match=f"came again after {length}, .* samples_per_epoch={length} "):
+        epochs(9)
+    epochs(9)
+
+
 def test_padding_and_replacement_are_no_drift() -> None:
     x, y, _ = digits()
     order = torch.randperm(N)
-    for indices in (torch.cat([order, order[:48]]), torch.randint(N, (448,))):
+    balanced = (1.0 / torch.bincount(y))[y].multinomial(448, True)
+    for indices in (torch.cat([order, order[:48]]), torch.randint(N, (448,)), balanced, order.repeat_interleave(3)):
         model, fsr = make()
         for index in indices.split(64):
             step(model, fsr, x[index], y[index], index)
-        assert fsr.epoch == 1
+        assert fsr.epoch >= 1

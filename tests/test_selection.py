@@ -864,7 +864,7 @@ def test_in_a_long_tail_the_regulariser_needs_more_wrong_labels(pull: float, hel
     assert (one.hold(tail=False), one.hold(tail=True)) == (pull, held)
 
 
-@pytest.mark.parametrize("rule", [{}, {"weight_rule": "clip", "class_balance": 1.0}])
+@pytest.mark.parametrize("rule", [{}, {"weight_rule": "clip", "dictionary_size": 50}])
 def test_classes_are_as_frequent_as_the_sampler_draws_them(rule: dict[str, Any]) -> None:
     """A sampler that draws all classes as often has balanced them already; when it is left, it is forgotten."""
     size = torch.tensor([400, 100, 20])
