@@ -18,7 +18,7 @@ from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets,
 from .config import FSRConfig
 from .heads import Head, meta_dtype
 from .memory import Memory
-from .mixing import Mix, Mixer, check_mixable, shown
+from .mixing import Mix, Mixer, check_mixable, is_pure, shown
 from .replay import Replay
 from .tap import Capture, Tap, check_rows
 
@@ -27,8 +27,8 @@ from .tap import Capture, Tap, check_rows
 class Accepted:
     """A batch that passed the checks. `clean` is the capture of the inputs that are not mixed; `valid` is None where
     every sample is; `given` and `found` are the user's logits and the capture of their forward; `shown` is whether the
-    sample's own class is the largest in a target that somebody else mixed, None where nobody did; `own_label`
-    says that the label is the sample's own, not guessed from a soft target."""
+    sample's own class is the largest in a target that somebody else mixed, None where nobody did; `own`, (b,) bool, is
+    whether the label is the sample's own, not guessed from a mixed target, None where all are."""
 
     logits: Tensor
     target: Tensor
@@ -41,7 +41,7 @@ class Accepted:
     given: Tensor
     found: Capture
     shown: Tensor | None = None
-    own_label: bool = True
+    own: Tensor | None = None
 
 
 class Intake:
@@ -56,7 +56,7 @@ class Intake:
         self.replay = Replay(core, head, self._tap, config.reward == "cached" or config.selects)
         self._mixer = Mixer()
         self._watch = Watch()
-        self._warned_of_label = False
+        self._soft = 0  # batches of soft targets without label
         self._checked = False
         self._looks = 0  # batches that came before the check saw something
         weakref.finalize(self, self._tap.remove)
@@ -129,13 +129,14 @@ class Intake:
         if not self._checked:
             self._check_head(found, capture, logits)
         batch = Accepted(logits, target, label, index, capture, clean, mix, None, logits, found)
-        batch.own_label = target.ndim == 1 or mix is not None or given is not None
+        if target.ndim == 2 and mix is None and given is None:
+            batch.own = is_pure(target.detach())
         if not good and (logits.device.type != "cpu" or self._config.nonfinite == "skip"):
             batch = self._masked(batch, valid)
         if given is not None and target.ndim == 2 and mix is None:
             batch.shown = shown(target.detach(), batch.label)
-        if not batch.own_label and not again:
-            self._warn_of_label()
+        if batch.own is not None and not again:
+            self._look_at_targets(batch.own)
         return batch
 
     def discard(self, batch: Accepted) -> None:
@@ -197,14 +198,17 @@ class Intake:
         self._watch(raised, messages, details)
         return valid
 
-    def _warn_of_label(self) -> None:
-        if self._warned_of_label:
+    def _look_at_targets(self, own: Tensor) -> None:
+        """Warns once of mixed targets. Looks at the 1st, 2nd, 4th batch and so on, as that waits for the device."""
+        self._soft += self._soft >= 0
+        if self._soft & (self._soft - 1) or bool(own.all()):
             return
-        self._warned_of_label = True
+        self._soft = -1
         warnings.warn(
-            "The soft targets are not those of FSR's own mixup(), so the class that scores and dictionary see is "
-            "the largest entry of each, which in mixed images may be the partner's. Pass the samples' own classes "
-            "as well: loss(logits, target, index, label=y).",
+            "The soft targets are not those of FSR's own mixup(), so FSR does not know which label each sample was "
+            "given: it judges none of them, and label_issues() does not tell of them. Scores and dictionary see the "
+            "largest entry of each target, which may be the partner's. Pass the samples' own classes as well: "
+            "loss(logits, target, index, label=y).",
             stacklevel=6,
         )
 

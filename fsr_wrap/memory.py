@@ -228,12 +228,12 @@ class Memory:
         offset: int = 0,
         new: Tensor | None = None,
         right: Tensor | None = None,
-        given: bool = True,
+        own: Tensor | None = None,
     ) -> Tensor:
         """Takes note of a batch: of the samples of all processes, and the payloads of this one's.
 
-        **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`; `given`, whether these are the labels that
-        the samples were given, as the largest entry of a soft target may not be.
+        **Arguments:** as in `ScoreTable.update` and `RewardDictionary.push`; `own`, whether each label is the one that
+        the sample was given, as the largest entry of a soft target may not be, (b,) bool, None if all are.
 
         **Returns:** the rows of the score table that were written, -1 where nothing was kept.
         """
@@ -243,8 +243,9 @@ class Memory:
                 self.prepare(index, self.dictionary.num_classes, index.device)
         batch = torch.stack([index, label])  # a copy: they may be the user's own
         index, label = batch
-        if given:
-            self.given.note(batch)
+        if own is not None:
+            batch = torch.stack([index, torch.where(own, label, self.dictionary.num_classes)])
+        self.given.note(batch)
         row, momentum = self.table.update(index, score, self.epoch, new, right)
         self.dictionary.push(row, label, momentum, payload, offset=offset)
         return row

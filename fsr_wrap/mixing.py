@@ -14,6 +14,10 @@ from .replay import takes
 from .tap import Capture
 
 _MEMORY = 8  # mixed batches whose loss() may still come
+_SMALL, _EQUAL = (
+    0.1001,
+    1e-3,
+)  # entries of a target, as those of other classes that smoothing made; and their differences
 
 
 @dataclass
@@ -102,3 +106,11 @@ def check_mixable(inputs: Any, target: Tensor) -> None:
 def shown(target: Tensor, label: Tensor) -> Tensor:
     """Whether no class is more of a soft target than the sample's own, (b, C) and (b,) → (b,) bool."""
     return target.gather(1, label[:, None])[:, 0] >= target.amax(1)
+
+
+def is_pure(target: Tensor) -> Tensor:
+    """Whether a soft target is that of one class, one-hot or smoothed: all its other entries are equal, and small.
+    (b, C) → (b,) bool."""
+    largest, place = target.max(1)
+    others = target.scatter(1, place[:, None], 0).amax(1)
+    return (largest > others) & (others <= _SMALL) & (others - target.amin(1) <= _EQUAL)

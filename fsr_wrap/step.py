@@ -157,13 +157,14 @@ class Reweighting:
         score, right = self._value(batch, seen, step)
         # A class that there is not is no candidate's.
         label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
-        mine, length = (seen.index, label, score, *(() if right is None else (right,))), max(counts)
+        more = {name: one for name, one in (("right", right), ("own", batch.own)) if one is not None}
+        mine, length = (seen.index, label, score, *more.values()), max(counts)
         sums, (index, label, score, *others) = distributed.gather(sums, mine, length)
         weights = rules.normalize(rule, unnormalized, valid, size, sums)
         alone, offset = len(counts) == 1, distributed.rank() * length
         payload = () if selection is not None else self.intake.replay.payload(batch.clean)
-        more = {"new": seen.new if alone else None, "right": others[0] if others else None}
-        row = memory.visit(index, label, score, payload, offset=offset, given=batch.own_label, **more)
+        told = dict(zip(more, others, strict=True))
+        row = memory.visit(index, label, score, payload, offset=offset, new=seen.new if alone else None, **told)
         row = row if alone else row[offset : offset + len(seen.losses)]
         if batch.shown is not None:
             row = torch.where(batch.shown, row, -1)
@@ -174,8 +175,8 @@ class Reweighting:
             decision = self._relabel(batch, seen, row, weights, size, mean_square)
         self.weights = weights
         bad = None if valid is None else (~valid).sum()
-        more = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
-        memory.count(weights, seen.losses, size, **more)
+        unusual = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
+        memory.count(weights, seen.losses, size, **unusual)
         return decision
 
     def _look(self, batch: Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:

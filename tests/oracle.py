@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsr_wrap import collisions, confusions
+from fsr_wrap import collisions, confusions, mixing
 from fsr_wrap import functional as formulas  # its numbers alone, as those below
 from fsr_wrap import selection as constants  # its numbers alone, as a test may have changed them
 from fsr_wrap import shares as estimates  # its numbers too
@@ -196,7 +196,7 @@ class Oracle:
         payload = clean if c.reward == "fresh" else clean_features
         for i in rows:
             sample = self.samples.setdefault(batch.index[i], Sample())
-            if batch.own_label and i not in batch.hidden:
+            if (batch.own_label or self.pure(batch.target[i].double())) and i not in batch.hidden:
                 self.given[batch.index[i]] = batch.label[i]
                 self.came[batch.label[i]] += 1
             if sample.epoch == self.epoch:
@@ -228,6 +228,12 @@ class Oracle:
             }
         )
         return Result(total.item(), gradient, weights, condition)
+
+    @staticmethod
+    def pure(target: Tensor) -> bool:
+        """Whether it is a class's alone, smoothed or not."""
+        *others, largest = target.sort().values.tolist()
+        return others[-1] < largest and others[-1] <= mixing._SMALL and others[-1] - others[0] <= mixing._EQUAL
 
     def rows(self, target: Tensor) -> Tensor:
         """One row a sample: a class number becomes a one among zeros."""

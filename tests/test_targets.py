@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLIP
+from pandas.testing import assert_frame_equal
 from test_numbers import everything_finite
 from test_wrapper import CLASSES, N, Net, digits, frozen, make, snapshot, step
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper
 from fsr_wrap.checks import Watch, describe_targets, find_problems
+from fsr_wrap.mixing import is_pure
 
 # --- class distributions ---------------------------------------------------------------------------------------------
 
@@ -136,13 +138,53 @@ def test_a_sample_stands_for_its_class_only_where_its_target_says_so() -> None:
         assert sorted(fsr.dictionary.index.tolist()) == index[expected].tolist()
 
 
-def test_soft_targets_without_labels_are_said_once() -> None:
+def test_mixed_targets_without_labels_are_said_once() -> None:
     model, fsr = make()
     x, y, _ = digits()
     soft = F.one_hot(y, CLASSES).float()
-    with pytest.warns(UserWarning, match=r"loss\(logits, target, index, label=y\)"):
-        step(model, fsr, x[:50], soft[:50], torch.arange(50))
-    step(model, fsr, x[50:100], soft[50:100], torch.arange(50, 100))
+    soft[130:] = 0.6 * soft[130:] + 0.4 * soft[130:].flip(0)
+    first, *others = torch.arange(N).split(50)
+    step(model, fsr, x[first], soft[first], first)
+    step(model, fsr, x[others[0]], soft[others[0]], others[0])
+
+    def train() -> None:
+        for index in others[1:] * 3:
+            step(model, fsr, x[index], soft[index], index)
+
+    with pytest.warns(UserWarning, match=r"judges none of them.*loss\(logits, target, index, label=y\)") as told:
+        train()
+    assert len(told) == 1
+    known = fsr._memory.given.known()
+    mixed = soft.amax(1) < 1
+    assert torch.equal(known >= 0, ~mixed)
+    assert torch.equal(known[~mixed].long(), y[~mixed])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_targets_of_one_class_alone(classes: int, smoothing: float) -> None:
+    """Two classes that are mixed look like one that is smoothed much."""
+    hard = torch.eye(classes)
+    smooth = (1 - smoothing) * hard + smoothing / classes
+    pure = smoothing == 0 or smoothing / classes <= 0.1
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert is_pure(smooth.to(dtype)).tolist() == [pure] * classes
+        assert not is_pure((0.7 * smooth + 0.3 * smooth.roll(1, 0)).to(dtype)).any()
+    assert not is_pure(torch.full((1, classes), 1 / classes)).any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_targets_are_class_numbers(smoothing: float) -> None:
+    x, y, _ = digits(0.3)
+    runs = []
+    for soft in (False, True):
+        model, fsr = make(**({} if soft else {"label_smoothing": smoothing}))
+        for index in torch.arange(N).split(50) * 3:
+            smooth = (1 - smoothing) * F.one_hot(y[index], CLASSES).float() + smoothing / CLASSES
+            step(model, fsr, x[index], smooth if soft else y[index], index)
+        runs.append(fsr)
+    assert runs[1].is_reweighting
+    assert_frame_equal(*(fsr.label_issues() for fsr in runs), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, CLIP], ids=["select", "clip"])
