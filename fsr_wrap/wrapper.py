@@ -326,7 +326,8 @@ class FSRWrapper(Optimizer):
         **Arguments:**
 
         - `share`: of all samples, those of the lowest quality are issues. If it is not given, about as many as there
-            are wrong labels, by the run's own estimate.
+            are wrong labels, by the run's own estimate, which there is from the third epoch on: before, there are none,
+            and a warning says so.
         - `class_names`: of the C classes. If they are not given, those of the data set that the wrapper was given: of
             a Hugging Face `ClassLabel`, or torchvision's `classes`.
 
@@ -376,13 +377,15 @@ class FSRWrapper(Optimizer):
             order.
         - `drop` or `relabel`: one of them must be True.
         - `issues`: what [`label_issues`][fsr_wrap.FSRWrapper.label_issues] gave, edited as you like: `is_label_issue`
-            and `predicted_label` are looked at. If it is not given, `label_issues()`.
+            and `predicted_label` are looked at, by the table's index, or by its column `index`, as in the CSV file. If
+            it is not given, `label_issues()`.
 
         **Returns:** a data set of the same kind (of torch, a `Subset`). Samples that have an index keep it: for a new
         wrapper that starts afresh, that is as good as new ones. Nothing is copied, and the data set stays as it was.
 
         **Raises:** `TypeError` for a stream or no data set; `ValueError` if it is another data set than was trained
-        on; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
+        on, or in another order, as its labels tell (of a torch data set 64 samples are read for it), or if the table is
+        of another run; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
         """
         return cleaning.clean(self._memory, dataset, drop=drop, relabel=relabel, table=issues, column=self._column)
 
