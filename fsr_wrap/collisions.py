@@ -69,6 +69,12 @@ class GivenLabels:
         self._drawn.index_add_(0, came, torch.ones_like(came))
         self._waiting = []
 
+    @property
+    def are_mixed_up(self) -> bool:
+        """Whether more labels were other than before, in this epoch, than may be. Synchronises with the device."""
+        self._compare()
+        return int(self._other) > max(2, self._visits // _SHARE)
+
     def end_epoch(self) -> None:
         """Counts classes. Warns, once, if there were other labels than before. Synchronises with the device."""
         self._compare()
@@ -76,10 +82,10 @@ class GivenLabels:
         if drawn.any():
             self.frequency = self.frequency.lerp(drawn, _RENEWED) if self.frequency.any() else drawn
         self._drawn.zero_()
-        other, visits = int(self._other), self._visits
+        other, visits, mixed_up = int(self._other), self._visits, self.are_mixed_up
         self._other.zero_()
         self._visits = 0
-        if self._warned or other <= max(2, visits // _SHARE):
+        if self._warned or not mixed_up:
             return
         self._warned = True
         if rank() == 0:

@@ -109,8 +109,8 @@ class Memory:
         self.largest = largest
 
     def _tables(self) -> Iterator[Any]:
-        """What has a row for each sample."""
-        tables = self.table, self.given, self.visits, self.pseudo, self.selection
+        """What has a row for each sample; first what takes most room, so that nothing has changed if there is none."""
+        tables = self.pseudo, self.selection, self.table, self.given, self.visits
         return (table for table in tables if table is not None)
 
     def _to(self, device: torch.device) -> None:

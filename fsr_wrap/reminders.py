@@ -17,11 +17,11 @@ _MANY_STEPS = 1000  # where the length of an epoch is not known
 class Reminders:
     """Counts what tells that something was forgotten.
 
-    **Arguments:** `samples_per_epoch`, or None if it is not known.
+    **Arguments:** `samples_per_epoch`, or None if it is not known; `told`, whether the user gave it.
     """
 
-    def __init__(self, samples_per_epoch: int | None) -> None:
-        self._per_epoch = samples_per_epoch
+    def __init__(self, samples_per_epoch: int | None, told: bool = False) -> None:
+        self._per_epoch, self._told = samples_per_epoch, told
         self._idle_steps = self._idle_samples = 0
         self._valued = self._warned_of_loss = False
         self._before: Tensor | None = None  # samples that came before one came again, () int64; -1: none did
@@ -50,16 +50,17 @@ class Reminders:
         """A batch of the first epoch came, after `before` samples; `new` (b,) bool, who comes for the first time."""
         if self._before is None:
             self._before = torch.full((), -1, dtype=torch.int64, device=new.device)
-        first = ~new.all() & (self._before < 0)
-        self._before = torch.where(first, before, self._before)
+        earlier = self._before.to(new.device)
+        self._before = torch.where(~new.all() & (earlier < 0), before, earlier)
 
     def epoch_ends(self, memory: Memory, size: int) -> None:
         """Warns after the first epoch if the loader's is shorter: since one came again nobody new did, or that was in
         the last batch, of `size` samples. Synchronises with the device."""
-        if memory.epoch or self._per_epoch is None or self._before is None or rank():
+        if memory.epoch or self._per_epoch is None or self._before is None or rank() or memory.given.are_mixed_up:
             return
         seen, loaders = int((memory.table.epoch[:-1] == stored_epoch(0)).sum()), int(self._before)
-        if loaders == seen < self._per_epoch or memory.consumed - size == loaders <= seen < self._per_epoch:
+        part = loaders == seen and not self._told
+        if loaders <= seen < self._per_epoch and (part or memory.consumed - size == loaders):
             warnings.warn(
                 f"FSR counts {self._per_epoch} samples an epoch, but samples came again after {loaders}, so its epochs "
                 f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (a sampler or "

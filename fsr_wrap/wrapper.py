@@ -136,7 +136,7 @@ class FSRWrapper(Optimizer):
         self._column = column
         self._samples_per_epoch = samples_per_epoch or length or num_samples
         self._memory.class_names = None if dataset is None else class_names(dataset)
-        self._reminders = Reminders(self._samples_per_epoch)
+        self._reminders = Reminders(self._samples_per_epoch, told=samples_per_epoch is not None)
         self._warned = self._warned_of_state = False
         self._alike = False  # whether the processes are known to be
 

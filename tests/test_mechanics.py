@@ -422,7 +422,7 @@ def test_a_head_of_zeros_is_looked_at_again(bias: bool) -> None:
 
 
 def test_looking_at_a_head_of_zeros_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fsr = make()
+    model, fsr = make(samples_per_epoch=N)
     nn.init.zeros_(model.fc.weight)
     looked, check = [], Head.check
     monkeypatch.setattr(Head, "check", lambda self, *args: looked.append(number) or check(self, *args))
