@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, I
 
 from . import distributed
 
+_SPARSE, _FEW = 10, 10_000  # numbers to a sample, from which on they are no count; of as many samples at least
 LABELS = ("label", "labels", "target", "targets", "y")  # what columns of class numbers are called
 
 
@@ -321,7 +323,14 @@ def _rows(dataset: Any, column: str) -> int:
     if not pyarrow.types.is_integer(held.type):
         return rows
     _check_repeats(dataset, column)
-    return max(rows, 1 + (pyarrow.compute.max(held).as_py() or 0))
+    needed = max(rows, 1 + (pyarrow.compute.max(held).as_py() or 0))
+    if needed > _SPARSE * max(len(held), _FEW):
+        warnings.warn(
+            f"The column {column!r} goes up to {needed - 1:,} for {len(held):,} samples, and FSR keeps a row for each "
+            'number: pass with_index(dataset, column="fsr_index"), which counts from 0, and column="fsr_index".',
+            stacklevel=4,
+        )
+    return needed
 
 
 def _check_repeats(dataset: Any, column: str) -> None:

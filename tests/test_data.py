@@ -251,6 +251,15 @@ def test_a_column_that_does_not_is_refused(numbers):
     assert (rows >= N, length) == (True, N)
 
 
+def test_a_column_of_ids_takes_a_row_for_each_number():
+    dataset = datasets.Dataset.from_dict({"index": [7, 3_000_000, 12], "label": [0, 1, 0]})
+    with pytest.warns(UserWarning, match=r"goes up to 3,000,000 for 3 samples.*fsr_index"):
+        assert sample_counts(dataset) == (3_000_001, 3)
+    counted = with_index(dataset, column="fsr_index")
+    assert sample_counts(counted, "fsr_index") == (3, 3)
+    assert sample_counts(datasets.Dataset.from_dict({"index": [7, 90_000, 12]})) == (90_001, 3)
+
+
 def test_an_empty_data_set():
     assert len(with_index(datasets.Dataset.from_dict({"x": []}))) == 0
 
