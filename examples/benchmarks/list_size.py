@@ -30,7 +30,7 @@ CHUNK = 10_000
 
 
 def make_run(samples: int, classes: int, storage: str | int) -> FSRWrapper:
-    """A wrapper that knows all samples, as after ten epochs of the default."""
+    """A wrapper that knows all samples, as after ten epochs of the default, when labels are judged."""
     head = nn.Linear(8, classes)
     inner = torch.optim.SGD(head.parameters(), lr=0.1)
     fsr = FSRWrapper(head, inner, head, num_samples=samples, relabel_storage=storage)
@@ -39,9 +39,12 @@ def make_run(samples: int, classes: int, storage: str | int) -> FSRWrapper:
     memory.epoch = 10
     memory.log_prior = torch.zeros(classes)
     assert memory.pseudo is not None
+    assert memory.selection is not None
+    memory.selection.active = memory.selection.estimated = True
+    memory.selection.share.fill_(0.2)
     for index in torch.arange(samples).split(CHUNK):
         given = torch.randint(classes, (len(index),))
-        likely = torch.where(torch.rand(len(index)) < 0.2, torch.randint(classes, (len(index),)), given)
+        likely = torch.where(torch.rand(len(index)) < 0.2, (given + 1) % classes, given)  # one class for another
         logits = torch.randn(len(index), classes)
         logits[torch.arange(len(index)), likely] += 6 + 3 * torch.randn(len(index))
         blank = torch.zeros_like(logits)
