@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,10 +139,14 @@ def numbers_in(sample: Any) -> dict[Any, int]:
         parts: list[tuple[Any, Any]] = [(key, sample[key]) for key in (*LABELS, *sample) if key in sample]
     else:
         parts = list(enumerate(sample))[1:] if isinstance(sample, (tuple, list)) else []
-    return {place: int(value) for place, value in parts if _is_number(value)}
+    found = {place: _number(value) for place, value in parts}
+    return {place: number for place, number in found.items() if number is not None}
 
 
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> int | None:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_floating_point()
-    return hasattr(value, "__index__")
+        return None if value.numel() != 1 or value.is_floating_point() or value.is_complex() else int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

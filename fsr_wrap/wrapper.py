@@ -158,8 +158,8 @@ class FSRWrapper(Optimizer):
         - `index`: (b,) integers, the samples' indices in [0, N).
         - `label`: (b,) int64, the samples' own classes, where `target` was mixed by somebody else, timm's Mixup say.
             Scores and dictionary are about this class. In batches where another class is more of its target, a sample
-            is no candidate for the dictionary, and has no pseudo-label. Without `label` the largest entry is taken, and
-            a warning says so.
+            is no candidate for the dictionary, and has no pseudo-label. One-hot and smoothed targets need no
+            `label`. Of mixed ones without it the largest entry is taken, no label is judged, and a warning says so.
 
         **Returns:** a scalar. In several processes it is scaled so that DDP's averaging gives the global loss.
 

@@ -428,6 +428,7 @@ class Kinds(torch.utils.data.Dataset[Any]):
             "list": [x, np.int64(y)],
             "named": Sample(x, y),
             "dict": {"pixel_values": x, "labels": self.y[i]},
+            "arrays": {"pixel_values": x.numpy(), "mask": np.ones(3, dtype=np.int64), "labels": np.int64(y)},
         }[self.kind]
 
 
@@ -436,7 +437,7 @@ def label_of(sample: Any) -> int:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("kind", ["tuple", "list", "named", "dict"])
+@pytest.mark.parametrize("kind", ["tuple", "list", "named", "dict", "arrays"])
 def test_torch_data_sets_are_cleaned(noisy: Any, kind: str, indexed: bool) -> None:
     x, given, _, fsr = noisy
     table = fsr.label_issues()
@@ -454,12 +455,11 @@ def test_torch_data_sets_are_cleaned(noisy: Any, kind: str, indexed: bool) -> No
     assert [label_of(mended[i]) for i in range(len(given))] == expected.tolist()
     assert [label_of(sample) for sample in mended.__getitems__(flagged)] == expected[flagged].tolist()
     assert type(mended[flagged[0]]) is type(dataset[flagged[0]])
-    assert type(mended[flagged[0]][1 if kind != "dict" else "labels"]) is type(
-        dataset[flagged[0]][1 if kind != "dict" else "labels"]
-    )
+    place = "labels" if isinstance(dataset[0], dict) else 1
+    assert type(mended[flagged[0]][place]) is type(dataset[flagged[0]][place])
     assert label_of(mended[-1]) == expected[-1]
     if indexed:
-        index = dropped[7]["index"] if kind == "dict" else dropped[7][-1]
+        index = dropped[7]["index" if isinstance(dataset[0], dict) else -1]
         assert index == kept[7]
         train(x, given, epochs=1, dataset=dropped, num_samples=None)
 
