@@ -5,6 +5,7 @@ In double precision: what is left is then no rounding. P̂ is kept in float32 an
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,31 @@ def test_equal_on_any_number_of_processes(world: int, case: int) -> None:
     assert (expected["weights"] == 0).any() or options.get("weight_rule") == "shift"
     assert options.get("soon", True) or len(expected["shares"].unique(dim=0)) > 1  # they were read again
     assert_equal_runs(found, expected)
+
+
+def soft_job(batches: list[Tensor]) -> State:
+    """Targets of which one in three is mixed, so that a process may have none of them in a batch."""
+    model, core, fsr = build({})
+    rank, world, (x, y) = distributed.rank(), distributed.world_size(), digits()
+    hard = torch.nn.functional.one_hot(y, CLASSES).double()
+    mixed = (torch.arange(len(y)) % 3 == 0)[:, None]
+    targets = torch.where(mixed, 0.6 * hard + 0.4 * hard.roll(1, 1), hard)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The soft targets are not those")
+        for batch in batches:
+            index = batch.tensor_split(world)[rank]
+            fsr.loss(model(x[index]), targets[index], index).backward()
+            fsr.step()
+            fsr.zero_grad()
+    fsr.end_epoch()
+    return {**outcome(core, fsr), "given": fsr._memory.given.known().clone()}
+
+
+def test_labels_of_mixed_targets_are_unknown_in_all_processes() -> None:
+    batches = [index for epoch in global_batches() for index in epoch]
+    expected = soft_job(batches)
+    assert torch.equal(expected["given"] < 0, torch.arange(N) % 3 == 0)
+    assert_equal_runs(run(2, soft_job, batches), expected)
 
 
 @pytest.mark.parametrize("options", [{}, CLIP])
