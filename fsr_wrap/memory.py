@@ -191,10 +191,8 @@ class Memory:
         if self.selection is not None and self.selection.active:
             margin = (class_margins(number) * self.balance).float()
             self.margin = margin if margin.any() else None
-        frequency = self.given.frequency.to(number.device)
-        often = frequency * (
-            len(given[known]) / frequency.sum().clamp(min=1)
-        )  # as if each sample came once, on average
+        often = self.given.frequency.to(number.device)
+        often = often * (known.sum() / often.sum().clamp(min=1))  # in as many draws as there are samples
         number = (often * number / everybody.clamp(min=1)).clamp(min=1)
         self.log_prior = (self.balance * (number / number.mean()).log()).float()
 
