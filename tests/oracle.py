@@ -33,15 +33,6 @@ def body(p: Params, x: Tensor) -> Tensor:
     return z.tanh()
 
 
-def strain(p: Params, x: Tensor) -> float:
-    """How much normalising magnifies rounding errors: much where the samples of a batch are nearly alike."""
-    if "norm.weight" not in p:
-        return 1.0
-    z = (x @ p["body.weight"].T + p["body.bias"]).detach()
-    spread = (z - z.mean(0)).square().mean(0)
-    return 1 + 1e-3 * float((z.abs().amax(0) / (spread + 1e-5).sqrt()).max())
-
-
 def head(p: Params, h: Tensor) -> Tensor:
     if "head.2.weight" in p:
         z = (h @ p["head.0.weight"].T + p["head.0.bias"]).tanh()
@@ -102,7 +93,7 @@ class Result:
     loss: float
     gradient: Params
     weights: Tensor
-    condition: float  # how much normalising magnifies errors, of the scores and of a batch
+    condition: float  # how much normalising magnifies errors of the scores
 
 
 class Oracle:
@@ -236,7 +227,7 @@ class Oracle:
                 "skipped_reward_samples": 0,
             }
         )
-        return Result(total.item(), gradient, weights, condition * strain(leaves, batch.inputs.double()))
+        return Result(total.item(), gradient, weights, condition)
 
     @staticmethod
     def pure(target: Tensor) -> bool:

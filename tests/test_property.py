@@ -247,7 +247,7 @@ class Training(RuleBasedStateMachine):
             self.patch.setattr(module, name, value)
         self.model, self.fsr = setup.build()
         self.config = self.fsr.config
-        self.tol = 1e-9 if setup.double else 1e-3 if setup.norm else 2e-4
+        self.tol = 1e-9 if setup.double else 2e-4
         self.new_oracle()
         generator = torch.Generator().manual_seed(setup.seed)
         self.inputs = torch.randn(200, INPUTS, generator=generator, dtype=torch.float64)
@@ -459,7 +459,8 @@ class Training(RuleBasedStateMachine):
             self.sums = {n: p.grad.double().clone() for n, p in self.model.named_parameters() if p.grad is not None}
         for name, parameter in self.model.named_parameters():
             if name in self.sums:
-                assert_close(parameter.grad, self.sums[name].view_as(parameter), 10 * tol)
+                rough = 50 if self.setup.norm else 10  # a batch that is nearly alike, which BatchNorm magnifies
+                assert_close(parameter.grad, self.sums[name].view_as(parameter), rough * tol)
             else:
                 assert parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any()
 
