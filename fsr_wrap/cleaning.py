@@ -68,8 +68,8 @@ def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor
                 "The table of issues has another given_label than was trained on: its index is not that of the "
                 "samples, or it is of another run."
             )
-    wrong = table[table["is_label_issue"].astype(bool)]
-    index = torch.tensor(wrong.index.to_list(), dtype=torch.int64)
+    bad = table["is_label_issue"].astype(bool)
+    wrong, index = table[bad], index[torch.tensor(bad.to_list(), dtype=torch.bool)]
     flagged, predicted = torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
     flagged[index] = True
     predicted[index] = torch.tensor(wrong["predicted_label"].fillna(-1).astype("int64").to_list(), dtype=torch.int64)

@@ -43,9 +43,7 @@ def indices_of(dataset: Any, column: str, rows: int) -> Tensor:
 def _indices(dataset: Any, column: str) -> Tensor | None:
     """The index of each of its samples, (n,), None if they have none."""
     if is_hugging_face(dataset, "Dataset"):
-        if column not in dataset.column_names:
-            return None
-        return torch.as_tensor(dataset.with_format("numpy")[column][:].astype("int64"))
+        return column_of(dataset, column) if column in dataset.column_names else None
     if isinstance(dataset, IndexedDataset):
         return torch.arange(len(dataset))
     if isinstance(dataset, Subset):
@@ -130,6 +128,7 @@ def is_whole(feature: Any) -> bool:
 
 
 def column_of(dataset: Any, name: str) -> Tensor:
+    """The whole numbers of a column of a Hugging Face data set, (n,) int64."""
     return torch.as_tensor(dataset.with_format("numpy")[name][:].astype("int64"))
 
 

@@ -14,10 +14,8 @@ from .replay import takes
 from .tap import Capture
 
 _MEMORY = 8  # mixed batches whose loss() may still come
-_SMALL, _EQUAL = (
-    0.1001,
-    1e-3,
-)  # entries of a target, as those of other classes that smoothing made; and their differences
+# Of a target that was smoothed: what other classes' entries are at most, and by how much they may differ.
+_SMALL, _EQUAL = 0.1001, 1e-3
 
 
 @dataclass
