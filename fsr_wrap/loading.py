@@ -63,8 +63,8 @@ def cropped(state: State, rows: int) -> State:
 
     def crop(table: State) -> State:
         of_classes = "share", "drawn", "frequency"
-        whole = {name for name, value in table.items() if name in of_classes or not isinstance(value, Tensor)}
-        return {name: value if name in whole else value[:rows] for name, value in table.items()}
+        of_samples = {name for name, value in table.items() if isinstance(value, Tensor)}.difference(of_classes)
+        return {name: value[:rows] if name in of_samples else value for name, value in table.items()}
 
     return {**state, **{name: crop(state[name]) for name in tables}}
 

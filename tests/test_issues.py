@@ -581,6 +581,8 @@ def test_the_same_data_set_is_known_again(noisy: Any) -> None:
     same += [TensorDataset(x), TensorDataset(x, x), TensorDataset(x, noise, given)]
     same += [hugging_face(y) for y in (given, right)]
     same += [hugging_face(noise).add_column("other", given.numpy()), hugging_face(given).remove_columns("label")]
+    ids = hugging_face(given).add_column("id", 1000 + np.arange(len(given)))
+    same += [ids.select_columns(["id", "label"]), with_index(ids).select_columns(["index", "id", "label"])]
     state = torch.get_rng_state()
     for dataset in same:
         assert len(fsr.cleaned(dataset, drop=True)) == (~flagged).sum()
