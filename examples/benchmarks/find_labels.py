@@ -27,6 +27,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +227,15 @@ RUN = {"fsr": run_fsr, "plain": run_plain, "aum": run_aum, "folds": run_folds}
 def run_all(args: argparse.Namespace) -> None:
     """All runs that are not there."""
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, key, name in ((seed, key, name) for seed in args.seeds for key in args.cases for name in args.methods):
-        path = args.out / f"{key}_{name}_split{args.split}_seed{seed}.json"
+    for seed, split, key, name in product(args.seeds, args.splits, args.cases, args.methods):
+        path = args.out / f"{key}_{name}_split{split}_seed{seed}.json"
         with claim(path) as mine:
             if not mine:
                 continue
             case = CASES[key]
-            data = make_data(case, args.fashion if case.source == "fashion" else args.cifar, args.split, seed)
+            data = make_data(case, args.fashion if case.source == "fashion" else args.cifar, split, seed)
             result = RUN[name](case, data, case.epochs, seed)
-            setting = {"case": key, "run": name, "split": args.split, "seed": seed, "wrong": data.wrong}
+            setting = {"case": key, "run": name, "split": split, "seed": seed, "wrong": data.wrong}
             write(path, {**setting, "results": result})
             print(
                 path.stem, {method: one.get("auroc", one.get("flagged")) for method, one in result.items()}, flush=True
@@ -246,9 +247,9 @@ def read_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = [
         run
         for run in load(args.out)
-        if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] == args.split
+        if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] in args.splits
     ]
-    return sorted(found, key=lambda run: (list(CASES).index(run["case"]), run["run"], run["seed"]))
+    return sorted(found, key=lambda run: (list(CASES).index(run["case"]), run["run"], run["seed"], run["split"]))
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -305,7 +306,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[""], help=f"names or their beginnings, of {', '.join(CASES)}")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", type=int, default=0)
+    parser.add_argument("--splits", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args()
