@@ -123,11 +123,14 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
     for name in ("active", "estimated"):
         _need(isinstance(state[name], bool), f"selection/{name}", state[name])
     _need(_is_share(state["pull"]), "selection/pull", state["pull"])
-    # The next four are not in checkpoints of earlier versions.
+    # The next seven are not in checkpoints of earlier versions.
     predicted, peak = state.get("predicted", []), state.get("peak", 0.0)
     _need(len(predicted) <= 2 and all(map(_is_share, predicted)), "selection/predicted", predicted)
     _need(_is_share(peak), "selection/peak", peak)
-    for name in ("early", "drifts"):
+    _need(_is_share(state.get("down", 0.0)), "selection/down", state.get("down"))
+    rate = state.get("highest_rate", 0.0)
+    _need(isinstance(rate, float) and math.isfinite(rate) and rate >= 0, "selection/highest_rate", rate)
+    for name in ("early", "drifts", "begun"):
         _need(isinstance(state.get(name, False), bool), f"selection/{name}", state[name])
     _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]

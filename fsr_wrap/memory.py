@@ -142,8 +142,11 @@ class Memory:
         self.history = History(device)
         self.pseudo, self.selection, self.ready = pseudo, selection, True
 
-    def end_epoch(self) -> None:
-        """The best samples of the epoch become the dictionary (Eq. 4); given labels are judged, and classes counted."""
+    def end_epoch(self, rate: float = 0.0) -> None:
+        """The best samples of the epoch become the dictionary (Eq. 4); given labels are judged, and classes counted.
+
+        **Arguments:** `rate`, the learning rate, 0 where that is not known.
+        """
         active = self.is_active
         members = self.dictionary.slots
         last = self.table.epoch[members.clamp(min=0)]
@@ -160,7 +163,7 @@ class Memory:
         self.visits.end_epoch(*self._seen(self.epoch - 1))
         if self.selection is not None and self.pseudo is not None:
             known = self.table, given, self.pseudo, self.log_prior
-            told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, *known)
+            told = self.selection.end_epoch(self.epoch - 1, self.config.warmup_epochs, *known, rate)
         else:
             told = {"dictionary_agreement": dictionary_agreement(self.dictionary, self.pseudo)}
         self.history.end_epoch(self.epoch - 1, reweighting=active, told=told)
@@ -186,9 +189,7 @@ class Memory:
         everybody, number = (
             torch.bincount(given[those].long(), minlength=self.dictionary.num_classes) for those in (known, counts)
         )
-        self.margin = None
-        # As long as labels are not judged margins would teach wrong ones, most of which are those of rare classes.
-        if self.selection is not None and self.selection.active:
+        if self.selection is not None:
             margin = (class_margins(number) * self.balance).float()
             self.margin = margin if margin.any() else None
         often = self.given.frequency.to(number.device)

@@ -43,6 +43,7 @@ _GROWTH = 0.02  # in log-probability, within two epochs, by which one tells that
 # predict is wrong. In an epoch it must learn to predict few more: so many of the right ones, or for each wrong one.
 _KNOWS, _MOSTLY, _LEARNS, _FOR_EACH = 0.8, 0.4, 0.006, 0.05
 _SOME = 0.001  # the share of wrong labels that is worth it
+_COMES_DOWN = 4  # the learning rate has come down when it is by a fourth below its highest
 
 
 class Selection:
@@ -75,6 +76,9 @@ class Selection:
         self.agreement: list[tuple[float, float]] = []
         self.pull = 0.0  # in [0, 1], the part of the regulariser that the share of wrong labels asks for
         self.early = False  # whether labels are judged because the right ones were known, and nothing by heart
+        # Whether the network learned by heart in the last epoch, where few labels are wrong and none is judged yet.
+        self.begun = False
+        self.highest_rate, self.down = 0.0, 0.0  # learning rate; in [0, 1], how far it has come down from that
         # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
         # fell: then the regulariser is off.
         self.peak, self.drifts = 0.0, False
@@ -137,11 +141,19 @@ class Selection:
     def hold(self, *, tail: bool) -> float:
         """In [0, 1], how much of the regulariser there is. It slows down learning by heart, and may do harm besides.
 
-        In a long `tail` it holds rare classes where they were before they got their margins: it takes more wrong labels
-        to be worth it.
+        Where few labels are wrong, it is the learning rate that decides: a network that is held to its own averages may
+        drift from them while the rate is high, and what it learns by heart it learns when the rate comes down. So it
+        begins as soon as something is learned by heart. In a long `tail` it holds rare classes where they were before
+        they got their margins: it takes more wrong labels to be worth it, and to judge them first.
         """
-        part = max(0.0, 2 * self.pull - 1) if tail else self.pull
-        return 0.0 if self.drifts else part * (_EARLY if self.early else 1.0)
+        if self.drifts:
+            return 0.0
+        if not self.active:
+            return self.down if self.begun and not tail else 0.0
+        if tail or self.early:
+            part = max(0.0, 2 * self.pull - 1) if tail else self.pull
+            return part * (_EARLY if self.early else 1.0)
+        return max(self.pull, self.down)
 
     def end_epoch(
         self,
@@ -151,12 +163,13 @@ class Selection:
         given: Tensor,
         average: PseudoLabels,
         log_prior: Tensor | None = None,
+        rate: float = 0.0,
     ) -> dict[str, float | None]:
         """Looks whether the network learns by heart, and then which labels are wrong. Synchronises with the device.
 
         **Arguments:** `epoch`, the one that ended; `warmup`, how many are plain at least; `given`, the label of each
         sample or −1, (N,); `average`, its averaged probabilities; `log_prior`, (C,), what was added to the logits in
-        the loss. They must be the same in all processes.
+        the loss; `rate`, the learning rate, 0 where that is not known. They must be the same in all processes.
 
         **Returns:** how often the network agreed with the labels that it trained on, and with those held out, in this
         epoch, and the estimated share of wrong labels; None for what is not known.
@@ -167,6 +180,9 @@ class Selection:
         right = (table.learned[:-1] == LAST).cpu()
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         reading = average.read(given, log_prior) if self.active or epoch + 1 >= _START else None
+        self.highest_rate, self.begun = max(self.highest_rate, rate), False
+        if self.highest_rate:
+            self.down = min(1.0, _COMES_DOWN * (1 - rate / self.highest_rate))
         if self.active:
             self._look_for_drift(*trained)
         else:
@@ -177,6 +193,8 @@ class Selection:
                 if epoch + 1 >= VISITS:
                     knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
                     knows = knows and not learns and not begun
+                few = self.estimated and float(self.share[given[given >= 0]].double().mean()) <= _NOISY
+                self.begun = begun and few and epoch + 1 >= warmup
             by_heart = self.apart >= 2
             self.active = (by_heart or knows) and self.estimated and epoch + 1 >= warmup
             if self.active and by_heart:
@@ -310,7 +328,7 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "early", "peak", "drifts"
+        names = "active", "estimated", "apart", "pull", "early", "peak", "drifts", "begun", "highest_rate", "down"
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
         state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "predicted", "readings")}
@@ -322,9 +340,11 @@ class Selection:
         self.pull, self.agreement = state["pull"], state["agreement"][-1:]
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
-        # Checkpoints of earlier versions have no weights, which were 0 or 1, and nothing of how likely labels were.
+        # Checkpoints of earlier versions have no weights, which were 0 or 1, and not all that tells how training goes.
         self.predicted, self.early = list(state.get("predicted", ())), state.get("early", False)
         self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
+        self.begun, self.down = state.get("begun", False), state.get("down", 0.0)
+        self.highest_rate = state.get("highest_rate", 0.0)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)
         self.growth, self.readings = list(state.get("growth", ())), list(state.get("readings", ()))

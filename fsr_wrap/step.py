@@ -20,6 +20,7 @@ from .heads import Batch, GradientStep, Head, KernelStep, MetaStep, Reward, meta
 from .intake import Accepted, Intake, masked
 from .memory import Memory
 from .pushers import Pusher, Visit
+from .selection import HELD
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Reweighting:
             kept = nullcontext() if self.head.is_linear else other_streams_kept()
             with self.intake.apart(logits.device.type), kept:
                 decision = self._decide(batch, logits.detach(), adjusted.detach())
-            size, decision.prior, decision.margin = decision.size, prior, self.memory.margin
+            size, decision.prior = decision.size, prior
             if self._recorded is not None:
                 self._recorded.append(decision)
         # Σ ω_i ℓ_i + Σ s_i CE(ŷ_i) is one cross-entropy, with the targets ω_i y_i + s_i ŷ_i.
@@ -225,7 +226,7 @@ class Reweighting:
         return _Decision(weights, _blended(seen.at_head, weights, blend), size)
 
     def _select(self, batch: Accepted, seen: _Seen, row: Tensor, weights: Tensor, size: int, sums: Tensor) -> _Decision:
-        """The batch's targets where labels are judged: what is missing of their weights goes to the average so far."""
+        """The batch's targets: once labels are judged, what is missing of their weights goes to the average so far."""
         memory, mix = self.memory, batch.mix
         store, selection = memory.pseudo, memory.selection
         assert store is not None
@@ -233,14 +234,19 @@ class Reweighting:
         assert seen.stored is not None
         assert seen.is_open is not None
         store.average(row, seen.logits, seen.stored, seen.is_open)
-        if not selection.active:
+        hold = selection.hold(tail=memory.margin is not None)
+        if not selection.active and not hold:
             return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(seen.stored)), size)
-        # K values say nothing of what is shut; and what came before in this epoch may be known to another process only.
-        average = functional.distribution(seen.stored * (seen.is_open & (row >= 0)[:, None]))
+        # K values say nothing of what is shut; what came before in this epoch may be known to another process only; and
+        # whoever is held out must not be trained on.
+        known = (row >= 0) & (selection.code[seen.index] != HELD)
+        average = functional.distribution(seen.stored * (seen.is_open & known[:, None]))
         share = (1 - selection.weight[seen.index].to(weights.dtype)) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])
-        pull = selection.hold(tail=memory.margin is not None) * self.config.relabel_weight
-        return _Decision(weights, target, size, average if mix is None else mix.of(average), pull)
+        average = average if mix is None else mix.of(average)
+        # Before labels are judged margins would teach wrong ones, most of which are those of rare classes.
+        margin = memory.margin if selection.active else None
+        return _Decision(weights, target, size, average, hold * self.config.relabel_weight, margin=margin)
 
     def _mixed(self, batch: Accepted, seen: _Seen, weights: Tensor, blend: Tensor) -> Tensor:
         """The targets of samples whose partners, under MixUp, are weighed for themselves."""

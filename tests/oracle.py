@@ -113,6 +113,10 @@ class Oracle:
         self.judging = self.estimated = False
         self.pull = 0.0  # the part of the regulariser that there is
         self.early = False  # whether nothing was learned by heart when labels were judged
+        self.rate = self.highest = self.down_to = (
+            0.0  # the learning rate: now, and at epochs' ends the highest and last
+        )
+        self.held_early = False  # whether predictions are pulled before labels are judged
         self.peak, self.drifts = 0.0, False  # agreement since labels are judged, and whether it fell
         self.wrong = [0.0] * classes  # the share of wrong labels of each given class
         self.first: dict[int, float] = {}  # log p̄ of each sample's label after its first epoch
@@ -178,16 +182,14 @@ class Oracle:
             (weights, wanted, average), condition = self.select(batch, target, rows), 1.0
             for i in rows:
                 agreement = (average[i] * logits[i].softmax(0)).sum()
-                pull = max(0.0, 2 * self.pull - 1) if any(self.margin) else self.pull
-                pull = 0 if self.drifts else pull * constants._EARLY if self.early else pull
-                total = total + pull * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
+                total = total + self.hold() * c.relabel_weight / b * (1 - agreement.clamp(max=1 - 1e-4)).log()
         else:
             weights, condition = self.weigh(scores, rows, b)
             pseudo, share = self.relabel(batch, clean_logits, rows, b)
             wanted = [weights[i] * target[i] + share[i] * pseudo[i] for i in range(b)]
         for i in rows:
             asked = wanted[i] / wanted[i].sum() if wanted[i].sum() > 0 else wanted[i]
-            behind = torch.stack([asked[c] * self.margin[c] for c in range(self.classes)])
+            behind = torch.stack([asked[c] * self.margin[c] * self.judging for c in range(self.classes)])
             total = total + cross_entropy((logits[i] + self.prior - behind)[None], wanted[i][None])[0]
         trained = total if total.requires_grad else 0 * logits.sum()
         gradient = dict(zip(leaves, torch.autograd.grad(trained, list(leaves.values())), strict=True))
@@ -408,7 +410,7 @@ class Oracle:
             right = self.right.get(batch.index[i], 1.0) if self.judging else float(codes[i] == TRAINED)
             weights[i] = right / part
             wanted[i] += target[i] * right / part
-            if self.judging and p is not None and i not in batch.hidden:
+            if codes[i] != HELD and p is not None and i not in batch.hidden:
                 average[i] = p / p.sum()
                 wanted[i] += p**2 / (p**2).sum() * (1 - right) / part
         if batch.clean is not None:
@@ -417,8 +419,21 @@ class Oracle:
             average = torch.stack([m * average[i] + (1 - m) * average[j] for i, (j, m) in pairs])
         return weights, wanted, average
 
+    def hold(self) -> float:
+        """The part of the regulariser that there is: none where the network drifts; in a tail, from half of its full
+        strength on; else also as far as the learning rate has come down."""
+        if self.drifts:
+            return 0.0
+        down = min(1.0, constants._COMES_DOWN * (self.highest - self.down_to) / self.highest) if self.highest else 0.0
+        tail = any(self.margin)
+        if not self.judging:
+            return down if self.held_early and not tail else 0.0
+        pull = max(0.0, 2 * self.pull - 1) if tail else self.pull
+        return pull * constants._EARLY if self.early else pull if tail else max(pull, down)
+
     def judge_all(self) -> None:
         """At the end of an epoch, which is `self.epoch - 1`."""
+        self.highest, self.down_to, self.held_early = max(self.highest, self.rate), self.rate, False
         if self.judging:
             self.look_for_drift()
         else:
@@ -471,6 +486,8 @@ class Oracle:
             if ahead is not None:
                 self.readings.append((ahead, wrong))
             self.look_whether_it_knows(wrong, known, idle=not learns and not begun)
+            few = statistics.fmean(self.wrong[g] for g in self.given.values()) <= constants._NOISY
+            self.held_early = begun and few and self.epoch >= self.c.warmup_epochs
 
     def look_whether_it_knows(self, wrong: float, those: list[int], *, idle: bool) -> None:
         average, right = self.frequent(), 1 - wrong
@@ -631,7 +648,7 @@ class Oracle:
         share = torch.tensor([max(1.0, one) for one in number], dtype=torch.float64)
         more = 1 - self.pull if self.judging else 0.0
         self.prior = (1 + more) * self.c.class_balance * (share / share.sum()).log()
-        sizes = {g: believed.count(g) for g in set(believed)} if self.judging else {}
+        sizes = {g: believed.count(g) for g in set(believed)} if self.selects else {}
         self.margin = [0.0] * self.classes
         fewest, most = min(sizes.values(), default=1), max(sizes.values(), default=1)
         if most > formulas._ALIKE * fewest:

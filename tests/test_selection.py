@@ -17,6 +17,7 @@ from test_wrapper import frozen
 from torch import Tensor, nn
 
 from fsr_wrap import FSRWrapper, functional
+from fsr_wrap import selection as constants
 from fsr_wrap.memory import Memory
 from fsr_wrap.pushers import LAST, ScoreTable
 from fsr_wrap.relabel import PseudoLabels
@@ -294,7 +295,7 @@ class Watched:
         self, number: int = 3000, warmup: int = 0, wrong: float = 0.0, spread: float = 0.5, hard: float = 0.25
     ) -> None:
         torch.manual_seed(0)
-        self.number, self.warmup, self.epoch, self.spread = number, warmup, 0, spread
+        self.number, self.warmup, self.epoch, self.spread, self.rate = number, warmup, 0, spread, 0.0
         self.one = made(number)
         self.table = ScoreTable(number, 0.9, learned=True)
         self.average = PseudoLabels(number, 3, 0.8)
@@ -316,7 +317,7 @@ class Watched:
             likelihood[those] += each
         reading = PseudoLabels.read(self.average, self.given)._replace(own=likelihood.exp())
         self.average.read = lambda label, log_prior=None: reading  # type: ignore[method-assign]
-        self.one.end_epoch(self.epoch, self.warmup, self.table, self.given, self.average)
+        self.one.end_epoch(self.epoch, self.warmup, self.table, self.given, self.average, rate=self.rate)
         self.epoch += 1
         return self.one.active
 
@@ -849,9 +850,6 @@ def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior_and_o
     memory._count_classes(memory.given.known())
     assert memory.log_prior is not None
     assert_close((memory.log_prior[0] - memory.log_prior[1]).item(), times * 0.8 * math.log(9))
-    if not active:
-        assert memory.margin is None
-        return
     rarest = times * 0.8 * functional._MARGIN * (1 - (functional._ALIKE / 9) ** 0.25)
     assert memory.margin is not None
     assert_close(memory.margin.tolist(), [rarest * 9**-0.25, rarest])
@@ -860,7 +858,7 @@ def test_right_labels_that_are_learned_by_heart_take_more_of_the_log_prior_and_o
 @pytest.mark.parametrize(("pull", "held"), [(0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)])
 def test_in_a_long_tail_the_regulariser_needs_more_wrong_labels(pull: float, held: float) -> None:
     one = Selection(10, 2, samples=10, seed=0, device="cpu")
-    one.pull = pull
+    one.active, one.pull = True, pull
     assert (one.hold(tail=False), one.hold(tail=True)) == (pull, held)
 
 
@@ -991,6 +989,11 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "peak above 1": lambda s: s["selection"].update(peak=1.5),
     "peak NaN": lambda s: s["selection"].update(peak=math.nan),
     "early is a number": lambda s: s["selection"].update(early=1),
+    "begun is a number": lambda s: s["selection"].update(begun=1),
+    "down above 1": lambda s: s["selection"].update(down=1.5),
+    "down NaN": lambda s: s["selection"].update(down=math.nan),
+    "a rate below 0": lambda s: s["selection"].update(highest_rate=-0.1),
+    "an infinite rate": lambda s: s["selection"].update(highest_rate=math.inf),
     "drifts is a number": lambda s: s["selection"].update(drifts=1),
     "apart below 0": lambda s: s["selection"].update(apart=-1),
     "apart is half": lambda s: s["selection"].update(apart=0.5),
@@ -1246,6 +1249,101 @@ def test_a_network_that_drifts_is_held_to_its_averages_no_more() -> None:
     held, drifting, without = loss(), loss(drifts=True), loss(pull=0.0)
     assert drifting == pytest.approx(without)
     assert held < drifting - 0.1
+
+
+# --- the regulariser before labels are judged ------------------------------------------------------------------------
+
+
+def test_it_begins_when_something_is_learned_by_heart_and_the_learning_rate_comes_down() -> None:
+    """And holds as long as both are so; once labels are judged it is the learning rate that decides."""
+    watched = Watched()
+    learned = ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.5, 0.5), (0.66, 0.55), (0.66, 0.55), (0.6, 0.6), (0.7, 0.59))
+    holds = []
+    for watched.rate, one in zip((0.1, 0.4, 0.4, 0.3, 0.4, 0.35, 0.3, 0.2), learned, strict=True):
+        assert not watched.ends(*one)
+        holds.append(watched.one.hold(tail=False))
+        assert watched.one.hold(tail=True) == 0
+    assert holds == pytest.approx([0, 0, 0, 0, 0, 0.5, 0, 1])
+    watched.rate = 0.35
+    assert [watched.ends(1.0, 0.6) for _ in range(2)] == [False, True]
+    assert watched.one.pull < 0.5
+    assert watched.one.hold(tail=False) == pytest.approx(0.5)
+    watched.rate = 0.1
+    watched.ends(1.0, 0.6)
+    assert watched.one.hold(tail=False) == 1
+    watched.one.early = True
+    assert watched.one.hold(tail=False) == watched.one.pull * constants._EARLY
+
+
+@pytest.mark.parametrize(
+    ("wrong", "warmup", "rates", "held"),
+    [
+        (0.0, 0, (0.4, 0.1), 1.0),
+        (0.07, 0, (0.4, 0.1), 1.0),
+        (0.2, 0, (0.4, 0.1), 0.0),  # too many are wrong
+        (0.0, 7, (0.4, 0.1), 0.0),
+        (0.0, 0, (0.4, 0.4), 0.0),  # the rate stays
+        (0.0, 0, (0.0, 0.0), 0.0),  # nobody knows it
+    ],
+)
+def test_it_does_not_begin_where_many_labels_are_wrong_nor_in_the_warm_up(
+    wrong: float, warmup: int, rates: tuple[float, float], held: float
+) -> None:
+    watched = Watched(warmup=warmup, wrong=wrong)
+    for watched.rate, one in zip(
+        (rates[0],) * 4 + (rates[1],) * 2, [*[(0.0, 0.0)] * 3, *[(0.66, 0.55)] * 3], strict=True
+    ):
+        assert not watched.ends(*one)
+    assert watched.one.hold(tail=False) == held
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "two groups", "tensor", "no rate"])
+def test_the_learning_rate_is_that_of_the_fastest_group(optimizer: str) -> None:
+    model = nn.Linear(2, 3)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.4)
+    if optimizer == "two groups":
+        sgd = torch.optim.SGD([{"params": [model.weight], "lr": 0.4}, {"params": [model.bias], "lr": 0.1}], lr=0.1)
+    elif optimizer == "tensor":
+        sgd = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.4))
+    fsr = FSRWrapper(model, sgd, num_samples=40)
+    if optimizer == "no rate":
+        for group in sgd.param_groups:
+            del group["lr"]
+    x, y = torch.randn(40, 2), torch.arange(40) % 3
+    known = None
+    for factor in (0.5, 2.0, 0.9):
+        for group in sgd.param_groups:
+            if "lr" in group:
+                group["lr"] = group["lr"] * factor
+        fsr.loss(model(x), y, torch.arange(40))
+        known = fsr._memory.selection
+        assert known is not None
+        assert known.down == pytest.approx(0.4 if factor == 0.9 and optimizer != "no rate" else 0.0, abs=1e-5)
+
+
+def test_predictions_of_those_trained_on_are_pulled_before_labels_are_judged() -> None:
+    """Log(1 − ⟨p̄, p⟩) is added, not of those held out; targets and weights stay."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(2, 3), torch.randn(400, 2), torch.arange(400) % 3
+    fsr = FSRWrapper(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=400, relabel_weight=2.0, class_balance=0.0
+    )
+    for _ in range(3):
+        fsr.loss(model(x), y, torch.arange(400))
+    memory = fsr._memory
+    assert memory.selection is not None
+    assert memory.pseudo is not None
+    memory.selection.begun, memory.selection.down = True, 0.5
+    stored = memory.pseudo.stored(torch.arange(400), torch.float32)[0]
+    average, mine = stored / stored.sum(1, keepdim=True), ~held(memory.selection)
+    assert 300 < mine.sum() < 400
+    logits = model(x)
+    pull = (1 - (average * logits.softmax(1)).sum(1)).log()
+    expected = F.cross_entropy(logits[mine], y[mine]) + 0.5 * 2.0 * pull[mine].sum() / 400
+    found = fsr.loss(logits, y, torch.arange(400))
+    assert_close(found.detach(), expected.detach(), 1e-5)
+    assert_close(torch.autograd.grad(found, logits)[0][~mine], torch.zeros(int((~mine).sum()), 3))
+    assert_close(fsr.weights, mine / mine.sum())
 
 
 def test_the_regulariser_is_as_strong_as_labels_are_wrong() -> None:
