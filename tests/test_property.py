@@ -247,7 +247,7 @@ class Training(RuleBasedStateMachine):
             self.patch.setattr(module, name, value)
         self.model, self.fsr = setup.build()
         self.config = self.fsr.config
-        self.tol = 1e-9 if setup.double else 2e-4
+        self.tol, self.lr = 1e-9 if setup.double else 2e-4, 0.3
         self.new_oracle()
         generator = torch.Generator().manual_seed(setup.seed)
         self.inputs = torch.randn(200, INPUTS, generator=generator, dtype=torch.float64)
@@ -255,7 +255,7 @@ class Training(RuleBasedStateMachine):
         self.order: list[int] = []
         self.sums: dict[str, Tensor] = {}  # what p.grad must be
         self.moving: dict[str, Tensor] = {}  # the optimizer's momentum
-        self.lr, self.twin, self.waiting = 0.3, None, 0
+        self.twin, self.waiting = None, 0
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -405,7 +405,8 @@ class Training(RuleBasedStateMachine):
         oracle.prior = found.double()
         margin = torch.zeros(self.setup.classes) if memory.margin is None else memory.margin
         assert_close(margin.tolist(), oracle.margin)
-        DONE["margins"] += memory.margin is not None
+        oracle.margin = margin.tolist()
+        DONE["margins"] += memory.margin is not None and oracle.judging
         if memory.selection is None:
             assert not oracle.selects
             return
@@ -675,13 +676,17 @@ class Training(RuleBasedStateMachine):
         self.compare_weights()
 
     @precondition(lambda self: self.config.selects and self.oracle.epoch > 0 and not self.oracle.judging)
-    @rule()
-    def learn_by_heart(self) -> None:
-        """As if it were seen, where few labels are wrong: in runs this small it seldom is."""
-        known = self.fsr._memory.selection
-        assert known is not None
-        known.begun = self.oracle.held_early = True
-        DONE["held"] += known.hold(tail=self.fsr._memory.margin is not None) > 0
+    @rule(seed=seeds, size=sizes)
+    def learn_by_heart(self, seed: int, size: int) -> None:
+        """A step as if it had been seen that the network does, where few labels are wrong: in runs this small it seldom
+        is."""
+        memory, oracle = self.fsr._memory, self.oracle
+        assert memory.selection is not None
+        memory.selection.begun = oracle.held_early = True
+        memory.selection.down, oracle.highest, oracle.down_to = 0.75, 1.6, 1.3
+        memory.selection.highest_rate = 1.6
+        DONE["held"] += memory.margin is None
+        self.step(seed, size)
 
     @rule()
     def metrics(self) -> None:
