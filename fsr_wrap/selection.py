@@ -44,6 +44,7 @@ _GROWTH = 0.02  # in log-probability, within two epochs, by which one tells that
 _KNOWS, _MOSTLY, _LEARNS, _FOR_EACH = 0.8, 0.4, 0.006, 0.05
 _SOME = 0.001  # the share of wrong labels that is worth it
 _COMES_DOWN = 4  # the learning rate has come down when it is by a fourth below its highest
+_TO_TELL = 2000  # samples: of fewer the share of wrong labels is read too low to say that few are wrong
 
 
 class Selection:
@@ -78,7 +79,8 @@ class Selection:
         self.early = False  # whether labels are judged because the right ones were known, and nothing by heart
         # Whether the network learned by heart in the last epoch, where few labels are wrong and none is judged yet.
         self.begun = False
-        self.highest_rate, self.down = 0.0, 0.0  # learning rate; in [0, 1], how far it has come down from that
+        # Learning rate; and, in [0, 1], how far it has come down from that, 0 where there are few samples.
+        self.highest_rate, self.down = 0.0, 0.0
         # Since labels are judged, how often at most the network agreed with those that it trained on, and whether that
         # fell: then the regulariser is off.
         self.peak, self.drifts = 0.0, False
@@ -181,7 +183,7 @@ class Selection:
         trained, held = _mean(right[seen & (code == TRAINED)]), _mean(right[seen & (code == HELD)])
         reading = average.read(given, log_prior) if self.active or epoch + 1 >= _START else None
         self.highest_rate, self.begun = max(self.highest_rate, rate), False
-        if self.highest_rate:
+        if self.highest_rate and (given >= 0).sum() >= _TO_TELL:
             self.down = min(1.0, _COMES_DOWN * (1 - rate / self.highest_rate))
         if self.active:
             self._look_for_drift(*trained)

@@ -433,7 +433,8 @@ class Oracle:
 
     def judge_all(self) -> None:
         """At the end of an epoch, which is `self.epoch - 1`."""
-        self.highest, self.down_to, self.held_early = max(self.highest, self.rate), self.rate, False
+        self.highest, self.held_early = max(self.highest, self.rate), False
+        self.down_to = self.rate if len(self.given) >= constants._TO_TELL else self.highest
         if self.judging:
             self.look_for_drift()
         else:
