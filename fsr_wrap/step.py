@@ -237,9 +237,10 @@ class Reweighting:
         hold = selection.hold(tail=memory.margin is not None)
         if not selection.active and not hold:
             return _Decision(weights, self._mixed(batch, seen, weights, torch.zeros_like(seen.stored)), size)
-        # K values say nothing of what is shut; what came before in this epoch may be known to another process only; and
-        # whoever is held out must not be trained on.
-        known = (row >= 0) & (selection.code[seen.index] != HELD)
+        # K values say nothing of what is shut; and what came before in this epoch may be known to another process only.
+        known = row >= 0
+        if not selection.active:  # nobody is held out any more once labels are judged
+            known &= selection.code[seen.index] != HELD
         average = functional.distribution(seen.stored * (seen.is_open & known[:, None]))
         share = (1 - selection.weight[seen.index].to(weights.dtype)) / sums.sum().clamp(min=1)
         target = self._mixed(batch, seen, weights, functional.sharpen(average) * share[:, None])

@@ -84,7 +84,12 @@ def parameters_close(model: nn.Module, expected: nn.Module, **tolerance: float) 
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **tolerance)
 
 
-def gradients(model: nn.Module, fsr: FSRWrapper, x: Tensor, y: Tensor, index: Tensor) -> list[Tensor]:
+def gradients(
+    model: nn.Module, fsr: FSRWrapper, x: Tensor, y: Tensor, index: Tensor, lr: float | None = None
+) -> list[Tensor]:
+    """Of a step whose learning rate is `lr`, if given: FSR looks at it when an epoch ends."""
+    for group in fsr.param_groups if lr is not None else []:
+        group["lr"] = lr
     return list(torch.autograd.grad(fsr.loss(model(x), y, index), list(model.parameters())))
 
 
@@ -281,7 +286,7 @@ def test_accelerate_saves_and_loads(rule: Rule, accelerate: Any, when: str, tmp_
     for part, used in zip(parts, rates, strict=True):
         rate = plain.param_groups[0]["lr"], plain.param_groups[0]["momentum"]
         assert used == rate
-        sgd.step(gradients(twin, twin_fsr, *part), *rate)
+        sgd.step(gradients(twin, twin_fsr, *part, lr=rate[0]), *rate)
         plain.step()
         schedule.step()
     assert trace(accelerator.unwrap_model(model), fsr) == trace(twin, twin_fsr)
@@ -425,7 +430,7 @@ def test_accelerate_skips_an_overflow(accelerate: Any, when: str) -> None:
         assert optimizer.step_was_skipped == (number == 12)
         scheduler.step()
         optimizer.zero_grad()
-        expected = gradients(twin, twin_fsr, *part)
+        expected = gradients(twin, twin_fsr, *part, lr=lr)
         if number != 12:
             sgd.step(expected, lr)
             lr *= 0.9
@@ -717,7 +722,7 @@ def test_scheduler_sets_the_rate_that_trains_and_resumes(rule: Rule, name: str, 
                 fsr.load(tmp_path)
         rate = plain.param_groups[0]["lr"], plain.param_groups[0]["momentum"]
         used.add(rate)
-        sgd.step(gradients(twin, twin_fsr, *part), *rate)
+        sgd.step(gradients(twin, twin_fsr, *part, lr=rate[0]), *rate)
         step(model, fsr, *part)
         plain.step()
         for each in (schedule, scheduler):
