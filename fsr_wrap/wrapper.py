@@ -186,8 +186,9 @@ class FSRWrapper(Optimizer):
         Needed only where the number of samples an epoch is not known, or an epoch shall end early.
         """
         if self._memory.ready and self._memory.consumed > 0:
-            rates = [float(group.get("lr", 0.0)) for group in self.param_groups]
-            self._memory.end_epoch(max(rates, default=0.0))
+            rates = (group.get("lr") for group in self.param_groups)  # None where the optimizer finds its own
+            known = [float(rate) for rate in rates if isinstance(rate, (int, float, Tensor))]
+            self._memory.end_epoch(max(known, default=0.0))
 
     @_in_group
     def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
