@@ -899,9 +899,13 @@ def test_once_labels_are_judged_those_of_rare_classes_are_held_back() -> None:
             fsr.loss(model(x), y, torch.arange(60)).backward()
             memory = fsr._memory
             assert memory.selection is not None
-            memory.selection.active = True
             memory.selection.weight.fill_(1)
             memory.selection.code.fill_(TRAINED)
+            if not memory.selection.active:
+                assert memory.log_prior is not None
+                before = F.cross_entropy(model(x) + memory.log_prior, y)
+                assert_close(fsr.loss(model(x), y, torch.arange(60)), before, 1e-6)  # no margins yet
+                memory.selection.active = True
         memory._count_classes(memory.given.known())
         assert (memory.margin is not None) == there
         margin = torch.zeros(3) if memory.margin is None else memory.margin
