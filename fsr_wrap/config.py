@@ -42,8 +42,8 @@ class FSRConfig:
 
     **What to look at first:**
 
-    - `weight_rule`: how samples are weighed. `"select"`, the default: training is plain until the network begins to
-        learn labels by heart, or knows the right ones, and then each counts as far as it is likely right (see the
+    - `weight_rule`: how samples are weighed. `"select"`, the default: all labels count alike until the network
+        begins to learn them by heart, or knows the right ones, and then each as far as it is likely right (see the
         docs). The paper's rules need the reward data: `"clip"`, u = max(0, score), for wrong labels (Eq. 2); `"shift"`,
         u = score − min(score) + 1/b, for long-tailed classes (Section 5.2); `"uniform"`, no re-weighting, to see what
         re-labelling does alone.
@@ -56,8 +56,8 @@ class FSRConfig:
         (Algorithm 1); the first epoch is always plain, as there is no dictionary yet, and the deferred schedule of
         Section 5.2 is E = 160 of 200. Under `"select"` the training itself tells when.
     - `relabel_weight`: under `"select"`, λ of the regulariser that pulls predictions to their average so far (ELR; Liu
-        et al., NeurIPS 2020). Under the paper's rules p, the multiplier of the re-labelling loss; 0 turns re-labelling
-        and its N×C state off.
+        et al., NeurIPS 2020); 0 turns it off. Under the paper's rules p, the multiplier of the re-labelling loss; 0
+        turns re-labelling and its N×C state off.
 
     **Memory:**
 
@@ -66,12 +66,15 @@ class FSRConfig:
     - `dictionary_size`: |R|, the number of training samples that stand in for clean reward data (Eq. 4). Each class
         gets `max(1, |R| // C)` of them.
 
-    **The paper's re-weighting:**
+    **What is averaged:**
 
     - `pusher`: the valuation function P, a name in `fsr_wrap.pushers.PUSHERS` or a `Pusher`; the higher, the likelier
         is the label right.
     - `score_momentum`: λ in [0, 1), P̂ ← λP̂ + (1−λ)P (Section 4.1).
     - `relabel_momentum`: β in [0, 1), the weight of the **old** value: in Eq. 7, and in p̄. The paper's is 0.1.
+
+    **The paper's re-weighting:**
+
     - `reward_batch_size`: q, the number of reward samples drawn a step, in all processes together.
     - `lookahead_lr`: η, the step size of the look-ahead (Table 4: 0.1). 0 takes none, which is L2R's meta-gradient at
         ω₀ = 0; scores are then in units of η.

@@ -144,7 +144,10 @@ class FSRWrapper(Optimizer):
 
     @_in_group
     def loss(self, logits: Any, target: Tensor, index: Tensor, label: Tensor | None = None) -> Tensor:
-        """The loss to back-propagate, in place of cross-entropy: Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
+        """The loss to back-propagate, in place of cross-entropy.
+
+        By default Σ ω_i ℓ_i, with what is missing of each weight on the sample's averaged prediction, and the
+        regulariser (see the docs). Under the paper's rules Σ ω_i ℓ_i + p · mean CE(ŷ_i, f(x_i)) (Section 4.3).
 
         It also values the batch, offers it to the dictionary and counts the epoch; it leaves gradients, RNG streams,
         BatchNorm statistics and train/eval flags alone. Without gradients (`torch.no_grad()`) it is the plain mean
@@ -181,7 +184,9 @@ class FSRWrapper(Optimizer):
 
     @_in_group
     def end_epoch(self) -> None:
-        """Ends the epoch now: the best samples become the dictionary (Eq. 4). Does nothing if none came since the last.
+        """Ends the epoch now: labels are judged, classes counted, and the best samples become the dictionary (Eq. 4).
+
+        Does nothing if no sample came since the last.
 
         Needed only where the number of samples an epoch is not known, or an epoch shall end early.
         """
@@ -251,7 +256,8 @@ class FSRWrapper(Optimizer):
 
     @property
     def is_reweighting(self) -> bool:
-        """Whether the next `loss()` re-weights: the warm-up is over and there is reward data."""
+        """Whether the next `loss()` re-weights: labels are judged; or, by the paper's rules, the warm-up is over and
+        there is reward data."""
         return self._reweighting.is_active
 
     @property
@@ -283,8 +289,8 @@ class FSRWrapper(Optimizer):
         In several processes each reports its own part of the batches.
 
         **Returns:** means over the steps since the last call: `fsr/loss` (the weighted loss), `fsr/reward_loss`
-        (0 in warm-up), `fsr/zero_weight_ratio` (the share of samples of weight 0, under `"select"` of the weight that
-        is taken away; should come near the share of wrong labels), `fsr/effective_sample_size` ((Σω)²/Σω² of a batch),
+        (0 in warm-up and by default), `fsr/zero_weight_ratio` (the share of samples of weight 0, under `"select"` of
+        the weight that is taken away), `fsr/effective_sample_size` ((Σω)²/Σω² of a batch),
         `fsr/max_weight` (the largest ω times b); sums: `fsr/all_zero_batches`, `fsr/skipped_samples`,
         `fsr/skipped_reward_samples` (NaN or infinite); and as they stand: `fsr/epoch`, `fsr/reweighting`,
         `fsr/dictionary_size`.
