@@ -107,7 +107,10 @@ def _changed(sample: Any, position: int, given: int, new: int) -> Any:
             f"sample[1], or of a dict {', '.join(repr(key) for key in LABELS)}. Give the data set that was trained on."
         )
     old = sample[places[0]]
-    label = torch.full_like(old, new) if isinstance(old, Tensor) else type(old)(new)
+    if isinstance(old, Tensor):
+        label = torch.full_like(old, new)
+    else:
+        label = (old.dtype.type if hasattr(old, "dtype") else type(old))(new)  # type(array)(5) is an array of 5
     if isinstance(sample, Mapping):
         return {**sample, places[0]: label}
     if hasattr(sample, "_fields"):

@@ -180,7 +180,10 @@ class FSRConfig:
     @property
     def pusher_name(self) -> str:
         """The pusher as a string."""
-        return self.pusher if isinstance(self.pusher, str) else type(self.pusher).__name__
+        if isinstance(self.pusher, str):
+            return self.pusher
+        kind = type(self.pusher)
+        return next((name for name, known in PUSHERS.items() if known is kind), kind.__name__)
 
 
 class Overrides(TypedDict, total=False):

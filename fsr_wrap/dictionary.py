@@ -306,7 +306,7 @@ class RewardDictionary:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> RewardDictionary:
         """The dictionary that `state_dict` described."""
-        self = cls(state["num_classes"], state["size"], buffer=state["length"])
+        self = cls(state["num_classes"], state["size"], buffer=state["length"], device=state["count"].device)
         self._turn = state["turn"]
         self._classes = state["classes"].cpu().clone()
         self._count, self._free = state["count"].clone(), state["free"].clone()

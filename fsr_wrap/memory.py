@@ -277,16 +277,18 @@ class Memory:
             self.counted()
 
     def counted(self, known: bool = False) -> Tensor:
-        """The sums of all steps since the metrics were read, (8,) float64. `known`: see `History.add`."""
+        """The sums of all steps since the metrics were read, (8,) float64. `known`: whether all processes have the same
+        steps, of whole batches; see `History.add`."""
         if self._uncounted:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
             size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
             largest, units = weights.amax(1), weights * size[:, None]
             # Labels that are judged keep a part of their weight: what is missing adds up.
             missing = (1 - units).clamp(min=0) if self.config.selects else weights <= 0
+            parts = 1 if known else world_size()
             values = (
-                world_size() * (weights * losses).sum(1),
-                world_size() * reward_loss,
+                parts * (weights * losses).sum(1),
+                parts * reward_loss,
                 missing.to(losses.dtype).mean(1),
                 effective_sample_size(weights),
                 largest * size,
@@ -369,6 +371,8 @@ class Memory:
         config = self.config
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        if self.num_samples is None:  # of a run that knew N, which counts no indices
+            self.largest = max(self.largest, (state["num_samples"] or 0) - 1)
         self.class_names = state.get("class_names")
         if "table" in state:
             rows = state["table"]["score"].shape[0]

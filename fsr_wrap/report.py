@@ -201,6 +201,7 @@ def write_report(
     to_image: Callable[[Any], Any] | None = None,
 ) -> Path:
     """See `FSRWrapper.report`; from a memory alone, one that was saved say. **Returns:** the page."""
+    check_packages()
     environment = _environment()
     table = label_issues_from_memory(memory, None, class_names)
     page = _Page(table, memory, check_class_names(memory, class_names))
@@ -247,13 +248,17 @@ def _whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _environment() -> Any:
-    """Where templates are. **Raises:** `ImportError` naming what is not installed, and how to get it."""
+def check_packages() -> None:
+    """**Raises:** `ImportError` naming what the report needs and is not installed, and how to get it."""
     for name in ("jinja2", "matplotlib", "pandas", "PIL"):
         try:
             __import__(name)
         except ImportError as error:
             raise ImportError(_MISSING.format(name={"PIL": "pillow"}.get(name, name))) from error
+
+
+def _environment() -> Any:
+    """Where templates are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("fsr_wrap")
@@ -271,15 +276,15 @@ def _numbers(column: Any) -> Tensor:
 
 
 def _positions(memory: Memory, dataset: Any, column: str, flagged: Tensor) -> Callable[[int], int | None]:
-    """Where in the data set the sample of an index is, None if it is not there.
+    """Where in the data set the sample of a flagged index is, None if it is not there.
 
     **Raises:** `TypeError` for a stream or no data set; `ValueError` as in `indices_of` and `check_labels`.
     """
     check_map_style(dataset, "fsr.report(folder, dataset=train_set)")
     number = indices_of(dataset, column, len(flagged))
     check_labels(memory, dataset, number, flagged)
-    place = {index: position for position, index in reversed(list(enumerate(number.tolist())))}
-    return place.get
+    where = flagged[number].nonzero()[:, 0].flip(0)  # of several positions the first
+    return dict(zip(number[where].tolist(), where.tolist(), strict=True)).get
 
 
 def _most(values: Tensor, number: int) -> tuple[list[int], list[int]]:

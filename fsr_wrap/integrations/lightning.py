@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..data import is_stream
-from ..issues import import_pandas
+from ..report import check_packages
 from ..wrapper import FSRWrapper
 
 
@@ -40,7 +40,7 @@ class FSRCallback(Callback):
 
     def __init__(self, report: str | os.PathLike[str] | None = None) -> None:
         if report is not None:
-            import_pandas()  # not to fail when training is over
+            check_packages()  # not to fail when training is over
         self._report = report
         self._wrappers: list[FSRWrapper] = []
         self._logged = 0  # the step

@@ -82,13 +82,13 @@ class _Collate:
 
     def __call__(self, batch: list[tuple[Any, ...]]) -> tuple[Tensor, _Target]:
         index = torch.tensor([sample[-1] for sample in batch])
-        label = torch.tensor([int(sample[1]) for sample in batch])
         images, target = self.collate([sample[:-1] for sample in batch])[:2]
         number = len(target)  # of fewer, mode="half" of a mixup; of more, the views of augmentation splits
-        if number < len(batch):
-            index, label = index[:number], label[:number]
+        index = index[:number]
         index = index.repeat(number // len(index))
-        return images, _Target(target, index, label if isinstance(self.collate, FastCollateMixup) else None)
+        mixed = isinstance(self.collate, FastCollateMixup)
+        label = torch.tensor([int(sample[1]) for sample in batch[:number]]) if mixed else None
+        return images, _Target(target, index, label)
 
 
 class IndexedLoader:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from ..config import FSRConfig
 from ..data import is_stream, sample_counts
 from ..heads import REFUSED, unwrap
-from ..issues import import_pandas
+from ..report import check_packages
 from ..wrapper import FSRWrapper
 
 
@@ -50,7 +50,7 @@ def add_fsr(
     """
     _check(trainer, column)
     if report is not None:
-        import_pandas()  # not to fail when training is over
+        check_packages()  # not to fail when training is over
     fsr = _wrapper(trainer, column, options)
     bridge = FSRCallback(trainer, fsr, column, report)
     trainer.optimizer = fsr
