@@ -167,9 +167,6 @@ class Watch:
     def __init__(self) -> None:
         self._pending: deque[tuple[Tensor, Any, Messages, list[str]]] = deque()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        return Watch()
-
     def __getstate__(self) -> dict[str, Any]:
         return {}
 

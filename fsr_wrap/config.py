@@ -25,7 +25,7 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: give {allowed}.")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -114,8 +114,8 @@ class FSRConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 1, "an integer >= 1")
-        natural: tuple[Callable[[Any], bool], str] = (lambda v: _is_int(v) and v >= 0, "an integer >= 0")
+        at_least_one: tuple[Callable[[Any], bool], str] = (lambda v: is_int(v) and v >= 1, "an integer >= 1")
+        natural: tuple[Callable[[Any], bool], str] = (lambda v: is_int(v) and v >= 0, "an integer >= 0")
         below_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
         at_least_zero: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v >= 0, "a number >= 0")
         positive: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v > 0, "a number > 0")
@@ -135,7 +135,7 @@ class FSRConfig:
             "relabel_weight": at_least_zero,
             "relabel_momentum": below_one,
             "relabel_storage": (
-                lambda v: v in ("float16", "int8") or (_is_int(v) and v >= 1),
+                lambda v: v in ("float16", "int8") or (is_int(v) and v >= 1),
                 '"float16", "int8" or an integer >= 1',
             ),
             "label_smoothing": below_one,

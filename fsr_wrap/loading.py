@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .collisions import label_dtype
-from .config import FSRConfig
+from .config import FSRConfig, is_int
 from .relabel import get_storage
 
 State = dict[str, Any]
-_COUNTERS = {"epoch": 0, "consumed": 0, "draws": 0, "largest": -1, "steps": 0, "gradient_age": 0, "planned": 0}
+COUNTERS = {"epoch": 0, "consumed": 0, "draws": 0, "largest": -1, "steps": 0, "gradient_age": 0, "planned": 0}
 _Told = (bool, int, float, type(None))
 
 
@@ -77,11 +77,11 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
 
     **Raises:** `ValueError` naming the first entry that cannot be.
     """
-    for name, least in _COUNTERS.items():
-        _need(_is_int(state[name]) and state[name] >= least, name, state[name])
+    for name, least in COUNTERS.items():
+        _need(is_int(state[name]) and state[name] >= least, name, state[name])
     _need(state["planned"] <= planned, "planned", state["planned"])
     samples = state["num_samples"]
-    _need(samples is None or (_is_int(samples) and samples > state["largest"]), "num_samples", samples)
+    _need(samples is None or (is_int(samples) and samples > state["largest"]), "num_samples", samples)
     names = state.get("class_names", [])
     _need(isinstance(names, list) and all(isinstance(name, str) for name in names), "class_names", names)
     if "table" not in state:
@@ -132,7 +132,7 @@ def _check_selection(state: State, rows: int, classes: int) -> None:
     _need(isinstance(rate, float) and math.isfinite(rate) and rate >= 0, "selection/highest_rate", rate)
     for name in ("early", "drifts", "begun"):
         _need(isinstance(state.get(name, False), bool), f"selection/{name}", state[name])
-    _need(_is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
+    _need(is_int(state["apart"]) and state["apart"] >= 0, "selection/apart", state["apart"])
     agreement = state["agreement"]
     good = len(agreement) <= 2 and all(len(pair) == 2 and all(map(_is_share, pair)) for pair in agreement)
     _need(good, "selection/agreement", agreement)
@@ -166,7 +166,7 @@ def _check_dictionary(state: State, samples: int, *, bare: bool) -> None:
     """`bare`: whether it keeps no payloads."""
     classes, size, length = state["num_classes"], state["size"], state["length"]
     for name, least in (("num_classes", 2), ("size", 1), ("length", 1), ("turn", 0)):
-        _need(_is_int(state[name]) and state[name] >= least, name, state[name])
+        _need(is_int(state[name]) and state[name] >= least, name, state[name])
     quota = max(1, size // classes)
     capacity = classes * quota
     rows = 2 * capacity + length
@@ -230,7 +230,7 @@ def _check_plan(plan: Tensor, dictionary: State, planned: int) -> None:
 def _check_metrics(state: State, metrics: int) -> None:
     _tensor(state, "sums", torch.float64, (metrics,))
     sizes, columns = state["sizes"], state["uncounted"]
-    _need(all(_is_int(size) and size >= 0 for size in sizes), "sizes", sizes)
+    _need(all(is_int(size) and size >= 0 for size in sizes), "sizes", sizes)
     _need(len(columns) == (5 if sizes else 0), "uncounted", f"{len(columns)} columns")
     for number, column in enumerate(columns):  # weights and losses of the samples, and three numbers of each step
         shape = columns[0].shape if number < 2 else (len(sizes),)
@@ -242,10 +242,10 @@ def _check_metrics(state: State, metrics: int) -> None:
 
 def _check_history(state: State, sums: int) -> None:
     _tensor(state, "sums", torch.float64, (sums,))
-    _need(_is_int(state["samples"]) and state["samples"] >= 0, "history/samples", state["samples"])
+    _need(is_int(state["samples"]) and state["samples"] >= 0, "history/samples", state["samples"])
     for entry in state["epochs"]:
         good = all(isinstance(name, str) and isinstance(value, _Told) for name, value in entry.items())
-        _need(good and _is_int(entry["epoch"]) and _is_int(entry["samples"]), "history/epochs", entry)
+        _need(good and is_int(entry["epoch"]) and is_int(entry["samples"]), "history/epochs", entry)
 
 
 def _tensor(state: State, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -264,10 +264,6 @@ def _within(values: Tensor, least: int, below: int) -> bool:
 def _need(ok: bool, name: str, found: object) -> None:
     if not ok:
         raise ValueError(f"{name!r} has {found}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_share(value: object) -> bool:

@@ -16,7 +16,7 @@ from .dictionary import RewardDictionary
 from .distributed import world_size
 from .functional import class_margins, effective_sample_size
 from .history import SUMS, History, dictionary_agreement
-from .loading import Unfit, check_fit, check_state, cropped
+from .loading import COUNTERS, Unfit, check_fit, check_state, cropped
 from .pushers import ScoreTable, stored_epoch
 from .relabel import PseudoLabels
 from .selection import TRAINED, WRONG, Selection
@@ -33,7 +33,6 @@ METRICS = (
     "skipped_samples",
     "skipped_reward_samples",
 )
-_NUMBERS = ("epoch", "consumed", "draws", "largest", "steps", "gradient_age", "planned")
 _AHEAD = 16  # reward batches drawn at once
 _UNCOUNTED = 64  # steps whose metrics are added up at once
 
@@ -154,7 +153,7 @@ class Memory:
         carry = (members >= 0) & (last == stored_epoch(self.epoch - 1))
         self.epoch += 1
         self.consumed = 0
-        self.dictionary.update(carry, self.generator(0))
+        self.dictionary.update(carry, self.generator())
         self.plan = None
         self.counted()
         self.consolidate()
@@ -201,7 +200,7 @@ class Memory:
         """Labels (q,) and payloads of the next reward batch."""
         if self.plan is None or self.planned == self.plan.shape[1]:
             size = self.config.reward_batch_size
-            self.plan = self.dictionary.plan(_AHEAD * size, self.generator(0)).view(3, _AHEAD, size)
+            self.plan = self.dictionary.plan(_AHEAD * size, self.generator()).view(3, _AHEAD, size)
             self.planned = 0
         _, row, label = self.plan[:, self.planned].unbind()
         self.planned += 1
@@ -308,10 +307,10 @@ class Memory:
         columns = zip(*self._uncounted, strict=True)
         return [torch.stack([zero if value is None else value for value in column]) for column in columns]
 
-    def generator(self, stream: int) -> torch.Generator:
-        """A generator that depends on seed, count and stream alone, so that there is none to save."""
+    def generator(self) -> torch.Generator:
+        """A generator that depends on seed and count alone, so that there is none to save."""
         self.draws += 1
-        seed = (self.config.seed * 1_000_003 + self.draws) * 4096 + stream
+        seed = (self.config.seed * 1_000_003 + self.draws) * 4096
         return torch.Generator("cpu").manual_seed(seed % 2**63)
 
     def generator_at(self, *place: object) -> torch.Generator:
@@ -324,7 +323,7 @@ class Memory:
         config = {**asdict(self.config), "pusher": self.config.pusher_name}
         state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
         state["world_size"] = world_size()  # for people
-        state |= {name: getattr(self, name) for name in _NUMBERS}
+        state |= {name: getattr(self, name) for name in COUNTERS}
         if self.class_names is not None:
             state["class_names"] = list(self.class_names)
         if self.ready:
@@ -369,7 +368,7 @@ class Memory:
 
     def _restore(self, state: dict[str, Any]) -> None:
         config = self.config
-        for name in _NUMBERS:
+        for name in COUNTERS:
             setattr(self, name, state[name])
         if self.num_samples is None:  # of a run that knew N, which counts no indices
             self.largest = max(self.largest, (state["num_samples"] or 0) - 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import io
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from .calls import other_streams_kept, torch_stream_kept
 from .data import IndexedDataset, is_hugging_face
 
 if TYPE_CHECKING:
@@ -82,15 +81,8 @@ def look(dataset: Any, position: int, to_image: Callable[[Any], Any] | None = No
 @contextmanager
 def streams_kept() -> Iterator[None]:
     """Within it, augmentations may draw; the user's random numbers afterwards are those of before."""
-    own, numpy = random.getstate(), sys.modules.get("numpy")
-    others = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(own)
-        if numpy is not None:
-            numpy.random.set_state(others)
+    with other_streams_kept(), torch_stream_kept(torch.device("cpu")):
+        yield
 
 
 def find(sample: Any) -> Image | str | None:

@@ -69,16 +69,6 @@ class Reweighting:
         self._recorded: list[_Decision] | None = None
         self._replayed: deque[_Decision] = deque()
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the next batch is re-weighted."""
-        return self.memory.is_active
-
-    @property
-    def waiting(self) -> int:
-        """How many samples the last forward had, 0 if its `loss` was called."""
-        return self.intake.waiting
-
     def take_over(self, memory: Memory) -> None:
         """Goes on with another memory; while it knows no number of classes, the head tells wrong logits."""
         self.memory = memory
@@ -108,10 +98,6 @@ class Reweighting:
                 self._recorded, self._replayed = None, deque()
 
         return evaluate
-
-    def mixup(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixed inputs and their soft targets; see `FSRWrapper.mixup`."""
-        return self.intake.mixup(self.memory, inputs, target)
 
     def _train(self, batch: Accepted) -> tuple[Tensor, int]:
         """Values and weighs the batch; returns the loss to back-propagate, and b over all processes."""
@@ -143,11 +129,11 @@ class Reweighting:
         memory, valid, selection = self.memory, batch.valid, self.memory.selection
         seen = self._look(batch, logits, adjusted)
         self.new = seen.new
-        step, counts, mean_square = self._look_ahead(batch, seen)
+        step, counts, mean_square = self._look_ahead(seen)
         size, reward_loss, skipped = sum(counts), None, None
         if selection is not None:
             rule, (unnormalized, sums) = "select", selection.weigh(seen.index, valid, seen.losses.dtype)
-        elif self.is_active and step is not None:
+        elif self.memory.is_active and step is not None:
             rule = self.config.weight_rule
             scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
             scores = scores if valid is None else torch.where(valid, scores, 0)
@@ -220,7 +206,7 @@ class Reweighting:
             there = (seen.squares > 0) & (row >= 0)  # a repeat in the batch takes no pseudo-label either
             if batch.mix is not None:
                 pseudo, there = batch.mix.of(pseudo), there & there[batch.mix.partner]
-            if self.is_active:
+            if self.memory.is_active:
                 blend = pseudo * (there.to(weights.dtype) * (self.config.relabel_weight / size))[:, None]
         blend = torch.zeros_like(seen.logits) if blend is None else blend
         return _Decision(weights, _blended(seen.at_head, weights, blend), size)
@@ -290,7 +276,7 @@ class Reweighting:
         loss = gradient.pop("/loss")
         return step.scores_along(gradient), loss, skipped
 
-    def _look_ahead(self, accepted: Accepted, seen: _Seen) -> tuple[MetaStep | None, list[int], Tensor | None]:
+    def _look_ahead(self, seen: _Seen) -> tuple[MetaStep | None, list[int], Tensor | None]:
         """The look-ahead step if it is needed, each process's b, and the mean square of ŷ over all: one all-reduce.
 
         Several processes wait for the device here, to know how much there is to exchange.
@@ -298,7 +284,7 @@ class Reweighting:
         batch, squares, is_open = seen.at_head, seen.squares, seen.is_open
         if self.config.selects:
             squares = None
-        needed = self._pusher.needs_lookahead or (self.is_active and not self.config.selects)
+        needed = self._pusher.needs_lookahead or (self.memory.is_active and not self.config.selects)
         head, lr, here, world = self.head, self.config.lookahead_lr, len(batch.residual), distributed.world_size()
         dtype = batch.residual.dtype
         total: dict[str, Tensor] = {}

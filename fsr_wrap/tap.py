@@ -56,12 +56,6 @@ class Tap:
         self._ids = [handle.id for handle in handles]
         self._owners = [weakref.ref(module) for module in (model, *heads)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__setstate__(self.__getstate__())
-        return copy
-
     def __getstate__(self) -> dict[str, Any]:
         return {"ids": self._ids}
 

@@ -211,7 +211,7 @@ class FSRWrapper(Optimizer):
 
         **Raises:** `TypeError` or `ValueError` for inputs that cannot be mixed.
         """
-        return self._reweighting.mixup(inputs, target)
+        return self._reweighting.intake.mixup(self._memory, inputs, target)
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same in all processes."""
@@ -258,7 +258,7 @@ class FSRWrapper(Optimizer):
     def is_reweighting(self) -> bool:
         """Whether the next `loss()` re-weights: labels are judged; or, by the paper's rules, the warm-up is over and
         there is reward data."""
-        return self._reweighting.is_active
+        return self._memory.is_active
 
     @property
     def dictionary(self) -> RewardDictionary:
@@ -574,7 +574,7 @@ class FSRWrapper(Optimizer):
         the same step, LBFGS's say, take the same weights and pseudo-labels.
         """
         if closure is None:
-            self._reminders.stepped(self._reweighting.waiting)
+            self._reminders.stepped(self._reweighting.intake.waiting)
             return self.optimizer.step(**kwargs)
         return self.optimizer.step(self._reweighting.evaluated_once(closure), **kwargs)
 
