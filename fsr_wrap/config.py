@@ -20,17 +20,44 @@ WeightRule = Literal["select", "clip", "shift", "uniform"]
 Storage = Literal["float16", "int8"]
 
 
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not allowed: give {allowed}.")
-
-
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and which ones are
+_POSITIVE_INT: _Rule = (lambda v: is_int(v) and v >= 1, "an integer >= 1")
+_NATURAL: _Rule = (lambda v: is_int(v) and v >= 0, "an integer >= 0")
+_BELOW_ONE: _Rule = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_NOT_NEGATIVE: _Rule = (lambda v: _is_number(v) and v >= 0, "a number >= 0")
+_RULES: dict[str, _Rule] = {
+    "dictionary_size": _POSITIVE_INT,
+    "reward_batch_size": _POSITIVE_INT,
+    "score_momentum": _BELOW_ONE,
+    "class_balance": _NOT_NEGATIVE,
+    "lookahead_lr": _NOT_NEGATIVE,
+    "warmup_epochs": _NATURAL,
+    "weight_rule": (lambda v: v in ("select", "clip", "shift", "uniform"), '"select", "clip", "shift" or "uniform"'),
+    "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
+    "reward_every": _POSITIVE_INT,
+    "relabel_weight": _NOT_NEGATIVE,
+    "relabel_momentum": _BELOW_ONE,
+    "relabel_storage": (
+        lambda v: v in ("float16", "int8") or (is_int(v) and v >= 1),
+        '"float16", "int8" or an integer >= 1',
+    ),
+    "label_smoothing": _BELOW_ONE,
+    "mixup_beta": (lambda v: _is_number(v) and v > 0, "a number > 0"),
+    "nonfinite": (lambda v: v in ("raise", "skip"), '"raise" or "skip"'),
+    "seed": _NATURAL,
+    "pusher": (
+        lambda v: isinstance(v, Pusher) or (isinstance(v, str) and v in PUSHERS),
+        f"a Pusher or one of {', '.join(sorted(PUSHERS))}",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,40 +141,10 @@ class FSRConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one: tuple[Callable[[Any], bool], str] = (lambda v: is_int(v) and v >= 1, "an integer >= 1")
-        natural: tuple[Callable[[Any], bool], str] = (lambda v: is_int(v) and v >= 0, "an integer >= 0")
-        below_one: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
-        at_least_zero: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v >= 0, "a number >= 0")
-        positive: tuple[Callable[[Any], bool], str] = (lambda v: _is_number(v) and v > 0, "a number > 0")
-        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "dictionary_size": at_least_one,
-            "reward_batch_size": at_least_one,
-            "score_momentum": below_one,
-            "class_balance": at_least_zero,
-            "lookahead_lr": at_least_zero,
-            "warmup_epochs": natural,
-            "weight_rule": (
-                lambda v: v in ("select", "clip", "shift", "uniform"),
-                '"select", "clip", "shift" or "uniform"',
-            ),
-            "reward": (lambda v: v in ("cached", "fresh"), '"cached" or "fresh"'),
-            "reward_every": at_least_one,
-            "relabel_weight": at_least_zero,
-            "relabel_momentum": below_one,
-            "relabel_storage": (
-                lambda v: v in ("float16", "int8") or (is_int(v) and v >= 1),
-                '"float16", "int8" or an integer >= 1',
-            ),
-            "label_smoothing": below_one,
-            "mixup_beta": positive,
-            "nonfinite": (lambda v: v in ("raise", "skip"), '"raise" or "skip"'),
-            "seed": natural,
-        }
-        for name, (ok, allowed) in rules.items():
+        for name, (is_allowed, allowed) in _RULES.items():
             value = getattr(self, name)
-            _check(ok(value), name, value, allowed)
-        known = isinstance(self.pusher, Pusher) or (isinstance(self.pusher, str) and self.pusher in PUSHERS)
-        _check(known, "pusher", self.pusher, f"a Pusher or one of {', '.join(sorted(PUSHERS))}")
+            if not is_allowed(value):
+                raise ValueError(f"{name}={value!r} is not allowed: give {allowed}.")
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Unpack[Overrides]) -> FSRConfig:
