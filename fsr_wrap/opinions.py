@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,49 +34,33 @@ class Opinion:
     against: Tensor
 
 
-class Rows(Protocol):
-    """Averaged predictions of some samples, rows of C that sum to 1."""
-
-    def sum(self) -> Tensor:
-        """Of each class, (C,) float64."""
-        ...
-
-    def own(self, label: Tensor) -> Tensor:
-        """Of a class of each sample, (n,)."""
-        ...
-
-    def likeliest(self, besides: Tensor | None = None) -> Tensor:
-        """The likeliest class, besides one of each sample, (n,)."""
-        ...
-
-    def surest(self, least: Tensor) -> Tensor:
-        """The likeliest of those classes that are at least as likely as `least` (C,) says, (n,); −1 if none is."""
-        ...
-
-
-class AllOf(Rows):
-    """`values` (n, C)."""
+class AllOf:
+    """Averaged predictions of some samples: `values` (n, C), rows that sum to 1."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
 
     def sum(self) -> Tensor:
+        """Of each class, (C,) float64."""
         return self._values.double().sum(0)
 
     def own(self, label: Tensor) -> Tensor:
+        """Of a class of each sample, (n,)."""
         return self._values.gather(1, label[:, None])[:, 0]
 
     def likeliest(self, besides: Tensor | None = None) -> Tensor:
+        """The likeliest class, besides one of each sample, (n,)."""
         values = self._values if besides is None else self._values.scatter(1, besides[:, None], -1)
         return values.argmax(1)
 
     def surest(self, least: Tensor) -> Tensor:
+        """The likeliest of those classes that are at least as likely as `least` (C,) says, (n,); −1 if none is."""
         value, label = torch.where(self._values >= least, self._values, 0).max(1)
         return torch.where(value > 0, label, -1)
 
 
-class LargestOf(Rows):
-    """`values` of the `classes`, (n, K) each; of any other class c, `rest`·`weight`_c, (n,) and (C,)."""
+class LargestOf:
+    """As `AllOf`, of `values` of the `classes`, (n, K) each; of any other class c, `rest`·`weight`_c, (n,) and (C,)."""
 
     def __init__(self, classes: Tensor, values: Tensor, rest: Tensor, weight: Tensor) -> None:
         self._classes, self._values, self._rest, self._weight = classes, values, rest, weight
@@ -175,7 +158,7 @@ def largest_probabilities(memory: Memory, log_prior: Tensor | None) -> Iterator[
         yield where, LargestOf(classes, values, rest[:, 0], weight.float())
 
 
-def predictions(memory: Memory, log_prior: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+def predictions(memory: Memory, log_prior: Tensor | None) -> Iterator[tuple[slice, AllOf | LargestOf]]:
     """The averaged predictions of all samples, some rows at a time, in the form that costs least."""
     assert memory.pseudo is not None
     if isinstance(memory.pseudo.storage, Largest):
