@@ -130,17 +130,8 @@ class Reweighting:
         seen = self._look(batch, logits, adjusted)
         self.new = seen.new
         step, counts, mean_square = self._look_ahead(seen)
-        size, reward_loss, skipped = sum(counts), None, None
-        if selection is not None:
-            rule, (unnormalized, sums) = "select", selection.weigh(seen.index, valid, seen.losses.dtype)
-        elif self.memory.is_active and step is not None:
-            rule = self.config.weight_rule
-            scores, reward_loss, skipped = self._scores(step, batch, logits.dtype)
-            scores = scores if valid is None else torch.where(valid, scores, 0)
-            unnormalized, sums = rules.unnormalized(rule, scores, valid)
-        else:
-            rule, (unnormalized, sums) = "uniform", rules.unnormalized("uniform", seen.losses, valid)
-
+        size = sum(counts)
+        rule, unnormalized, sums, reward = self._weigh(batch, seen, step)
         score, right = self._value(batch, seen, step)
         # A class that there is not is no candidate's.
         label = batch.label if batch.shown is None else torch.where(batch.shown, batch.label, logits.shape[1])
@@ -162,9 +153,23 @@ class Reweighting:
             decision = self._relabel(batch, seen, row, weights, size, mean_square)
         self.weights = weights
         bad = None if valid is None else (~valid).sum()
-        unusual = {"reward_loss": reward_loss, "skipped_samples": bad, "skipped_reward": skipped}
-        memory.count(weights, seen.losses, size, **unusual)
+        memory.count(weights, seen.losses, size, skipped_samples=bad, **reward)
         return decision
+
+    def _weigh(
+        self, batch: Accepted, seen: _Seen, step: MetaStep | None
+    ) -> tuple[str, Tensor, Tensor, dict[str, Tensor | None]]:
+        """The rule that holds now, u of each sample, (b,), what the other processes must know of them, (k,), and what
+        `Memory.count` is told of the reward batch."""
+        memory, rule, valid, dtype = self.memory, self.config.weight_rule, batch.valid, seen.logits.dtype
+        if memory.selection is not None:
+            return "select", *memory.selection.weigh(seen.index, valid, dtype), {}
+        if step is None or not memory.is_active:
+            return "uniform", *rules.unnormalized("uniform", seen.losses, valid), {}
+        scores, reward_loss, skipped = self._scores(step, batch, dtype)
+        scores = scores if valid is None else torch.where(valid, scores, 0)
+        told = {"reward_loss": reward_loss, "skipped_reward": skipped}
+        return rule, *rules.unnormalized(rule, scores, valid), told
 
     def _look(self, batch: Accepted, logits: Tensor, adjusted: Tensor) -> _Seen:
         """What is known of the batch before anything is asked."""
