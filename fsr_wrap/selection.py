@@ -25,6 +25,8 @@ from .shares import anchors, likely_right, rank_within, wrong_shares
 
 TRAINED, HELD, WRONG = range(3)  # what becomes of a given label: trained on, held out, taken for wrong
 
+_NUMBERS = "active", "estimated", "apart", "pull", "early", "peak", "drifts", "begun", "highest_rate", "down"
+_LISTS = "agreement", "growth", "predicted", "readings"  # kept in the state with these
 _32_BITS = 2**32 - 1
 _HELD = 0.02  # of the samples, at least 200 and at most 1,000 of them
 _FEWEST, _MOST, _LARGEST_SHARE = 200, 1000, 0.05
@@ -189,19 +191,7 @@ class Selection:
             self._look_for_drift(*trained)
         else:
             self.agreement = [(trained[0], held[0])]
-            knows = False
-            if reading is not None:
-                learns, begun, ahead = self._watch(seen, code, reading.own)
-                if epoch + 1 >= VISITS:
-                    knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
-                    knows = knows and not learns and not begun
-                few = self.estimated and float(self.share[given[given >= 0]].double().mean()) <= _NOISY
-                self.begun = begun and few and epoch + 1 >= warmup
-            by_heart = self.apart >= 2
-            self.active = (by_heart or knows) and self.estimated and epoch + 1 >= warmup
-            if self.active and by_heart:
-                self._look_back(given[given >= 0])
-            self.early = self.active and not by_heart
+            self._decide(epoch + 1, warmup, seen, given, code, reading)
             self._release(given, code)
         if self.active:
             assert reading is not None
@@ -216,6 +206,24 @@ class Selection:
             label = given[given >= 0]
             told["wrong_share"] = int(self._wrong(label).sum()) / max(1, len(label))
         return told
+
+    def _decide(
+        self, epochs: int, warmup: int, seen: Tensor, given: Tensor, code: Tensor, reading: Reading | None
+    ) -> None:
+        """Whether labels are judged from now on: the network learns by heart, or knows the right ones."""
+        knows = False
+        if reading is not None:
+            learns, begun, ahead = self._watch(seen, code, reading.own)
+            if epochs >= VISITS:
+                knows = self._read(seen, given, reading, learns=learns and not begun, ahead=ahead)
+                knows = knows and not learns and not begun
+            few = self.estimated and float(self.share[given[given >= 0]].double().mean()) <= _NOISY
+            self.begun = begun and few and epochs >= warmup
+        by_heart = self.apart >= 2
+        self.active = (by_heart or knows) and self.estimated and epochs >= warmup
+        self.early = self.active and not by_heart
+        if self.active and by_heart:
+            self._look_back(given[given >= 0])
 
     def _release(self, given: Tensor, code: Tensor) -> None:
         """Who is held out of a class that would be learned from too few others is trained on."""
@@ -330,26 +338,23 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the codes without the spare row."""
-        names = "active", "estimated", "apart", "pull", "early", "peak", "drifts", "begun", "highest_rate", "down"
-        state: dict[str, Any] = {name: getattr(self, name) for name in names}
+        state: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
         tensors = {"share": self.share, "code": self.code[:-1], "weight": self.weight[:-1], "first": self.first[:-1]}
-        state |= {name: list(getattr(self, name)) for name in ("agreement", "growth", "predicted", "readings")}
+        state |= {name: list(getattr(self, name)) for name in _LISTS}
         return state | {name: one.clone() for name, one in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes all of it back. There must be as many samples."""
-        self.active, self.estimated, self.apart = state["active"], state["estimated"], state["apart"]
-        self.pull, self.agreement = state["pull"], state["agreement"][-1:]
+        """Takes all of it back; what checkpoints of earlier versions lack stays as it is. There must be as many
+        samples."""
+        for name in _NUMBERS:
+            setattr(self, name, state.get(name, getattr(self, name)))
+        for name in _LISTS:
+            setattr(self, name, list(state.get(name, ())))
+        self.agreement = self.agreement[-1:]
         self.share.copy_(state["share"])
         self.code[:-1] = state["code"]
-        # Checkpoints of earlier versions have no weights, which were 0 or 1, and not all that tells how training goes.
-        self.predicted, self.early = list(state.get("predicted", ())), state.get("early", False)
-        self.peak, self.drifts = state.get("peak", 0.0), state.get("drifts", False)
-        self.begun, self.down = state.get("begun", False), state.get("down", 0.0)
-        self.highest_rate = state.get("highest_rate", 0.0)
         self.weight[:-1] = state.get("weight", (self.code[:-1] == TRAINED).float())
         self.first[:-1] = state.get("first", torch.nan)
-        self.growth, self.readings = list(state.get("growth", ())), list(state.get("readings", ()))
 
     def to(self, device: torch.device) -> None:
         """Moves the codes and weights; the rest is the host's."""
