@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import sys
-import warnings
 from typing import Any
 
 import torch
+
+from .checks import warn
 
 _KEY = "fsr"
 _PIECE = 2**30  # bytes; pickle takes no 4 GiB at a time
@@ -37,10 +38,9 @@ def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in state_dict.items() if name != _KEY}
     info = _asking().f_locals.get("info")
     if getattr(info, "flatten_optimizer_state_dict", False):
-        warnings.warn(
+        warn(
             "flatten_optimizer_state_dict=True keeps nothing but parameters' state, so FSR's is not in this "
             "state dict: leave the option out, or call fsr.save(folder) beside it and fsr.load(folder) after loading.",
-            stacklevel=2,
         )
         return rest
     file = io.BytesIO()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,14 @@ from .distributed import world_size
 
 SUM_TOLERANCE = 0.02  # of a row of soft targets: mixed and smoothed in bfloat16 they may be off by 0.01
 INDEX_LIMIT = 2**27  # where N is not known: larger numbers are hardly those of samples counted from 0
+
+
+def warn(message: str) -> None:
+    """Warns of the user's line that led here, the first outside of this package and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fsr_wrap", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def as_logits(output: Any) -> Tensor:

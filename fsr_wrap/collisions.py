@@ -6,11 +6,10 @@ is several.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .distributed import rank
 
 _UNSEEN = -1
@@ -89,14 +88,13 @@ class GivenLabels:
             return
         self._warned = True
         if rank() == 0:
-            warnings.warn(
+            warn(
                 f"{other} of the {visits} samples of this epoch came with another label than another sample of their "
                 "index. So several samples share an index, or the order of a stream changes, or loss() is called for a "
                 "validation set without torch.no_grad(), and their scores and pseudo-labels are mixed up. Give every "
                 "sample an index of its own: with_index(dataset) of the whole data set, after ConcatDataset, "
                 "concatenate_datasets or interleave_datasets and before it is split or shuffled. (Where you corrected "
                 "labels, all is well.)",
-                stacklevel=5,
             )
 
     def known(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from . import distributed
+from .checks import warn
 
 _SPARSE, _FEW = 10, 10_000  # numbers to a sample, from which on they are no count; of as many samples at least
 LABELS = ("label", "labels", "target", "targets", "y")  # what columns of class numbers are called
@@ -325,10 +325,9 @@ def _rows(dataset: Any, column: str) -> int:
     _check_repeats(dataset, column)
     needed = max(rows, 1 + (pyarrow.compute.max(held).as_py() or 0))
     if needed > _SPARSE * max(len(held), _FEW):
-        warnings.warn(
+        warn(
             f"The column {column!r} goes up to {needed - 1:,} for {len(held):,} samples, and FSR keeps a row for each "
             'number: pass with_index(dataset, column="fsr_index"), which counts from 0, and column="fsr_index".',
-            stacklevel=4,
         )
     return needed
 

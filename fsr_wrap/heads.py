@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional as fsr
 from .calls import Call, other_streams_kept, swapped, torch_stream_kept
-from .checks import as_logits
+from .checks import as_logits, warn
 from .distributed import gather_rows, sum_all, whole, world_size
 from .functional import Params
 from .tap import Capture
@@ -508,10 +507,9 @@ class Head:
         else:
             raise TypeError(f"The head {self.name!r} cannot be differentiated apart from the model.") from problem
         if self.meta_gradient is fsr.meta_gradient_one_by_one:
-            warnings.warn(
+            warn(
                 f"The head {self.name!r} can be differentiated once only, so a step takes a backward pass through it "
                 "for each sample. Pass a smaller head, or give its autograd.Function a jvp.",
-                stacklevel=7,
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .calls import other_streams_kept
-from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets, find_problems
+from .checks import INDEX_LIMIT, Watch, all_good, check_batch, describe_targets, find_problems, warn
 from .config import FSRConfig
 from .heads import Head, meta_dtype
 from .memory import Memory
@@ -204,12 +203,11 @@ class Intake:
         if self._soft & (self._soft - 1) or bool(own.all()):
             return
         self._soft = -1
-        warnings.warn(
+        warn(
             "The soft targets are not those of FSR's own mixup(), so FSR does not know which label each sample was "
             "given: it judges none of them, and label_issues() does not tell of them. Scores and dictionary see the "
             "largest entry of each target, which may be the partner's. Pass the samples' own classes as well: "
             "loss(logits, target, index, label=y).",
-            stacklevel=6,
         )
 
 

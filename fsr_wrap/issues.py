@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .memory import Memory
 from .opinions import Opinion, averaged_probabilities, gather_opinion, known_rows, true_prior
 from .selection import VISITS, WRONG
@@ -66,10 +66,9 @@ def find_issues(memory: Memory, share: float | None = None) -> Issues:
     if share is not None:
         flagged = lowest(evidence.quality, round(share * int((given >= 0).sum())))
     elif is_too_early(memory):
-        warnings.warn(
+        warn(
             f"After {memory.epoch} epochs FSR cannot tell yet how many labels are wrong, so none is flagged: train for "
             f"{VISITS} epochs at least, or pass the share that shall be flagged, label_issues(share=0.1) say.",
-            stacklevel=4,
         )
         flagged = torch.zeros_like(given, dtype=torch.bool)
     else:

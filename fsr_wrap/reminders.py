@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .distributed import rank
 from .memory import Memory
 from .pushers import stored_epoch
@@ -40,10 +39,9 @@ class Reminders:
         idle = self._idle_steps >= _MANY_STEPS if self._per_epoch is None else self._idle_samples >= self._per_epoch
         if idle and not self._warned_of_loss:
             self._warned_of_loss = True
-            warnings.warn(
+            warn(
                 f"The optimizer made {self._idle_steps} steps, about an epoch, without loss(): FSR sees nothing and "
                 "re-weights nothing. Take loss = optimizer.loss(model(x), y, index) in place of the cross-entropy.",
-                stacklevel=4,
             )
 
     def came(self, new: Tensor, before: int) -> None:
@@ -61,9 +59,8 @@ class Reminders:
         seen, loaders = int((memory.table.epoch[:-1] == stored_epoch(0)).sum()), int(self._before)
         part = loaders == seen and not self._told
         if loaders <= seen < self._per_epoch and (part or memory.consumed - size == loaders):
-            warnings.warn(
+            warn(
                 f"FSR counts {self._per_epoch} samples an epoch, but samples came again after {loaders}, so its epochs "
                 f"drift away from the loader's. Pass samples_per_epoch={loaders} to FSRWrapper (a sampler or "
                 "drop_last=True leaves samples out), or load the others too.",
-                stacklevel=5,
             )

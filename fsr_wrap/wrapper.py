@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from . import carry, cleaning, distributed, functional, issues
-from .checks import as_logits
+from .checks import as_logits, warn
 from .config import FSRConfig, Overrides, check_names
 from .data import class_names, sample_counts
 from .dictionary import RewardDictionary
@@ -123,10 +122,9 @@ class FSRWrapper(Optimizer):
         group = find_group(model, process_group)
         total = num_samples or rows
         if config.weight_rule == "clip" and total is not None and 2 * config.dictionary_size > total:
-            warnings.warn(
+            warn(
                 f"dictionary_size={config.dictionary_size} is more than half of the {total} samples, so the dictionary "
                 f"cannot leave the wrong labels out: pass about dictionary_size={max(1, total // 10)}.",
-                stacklevel=2,
             )
 
         self.optimizer = optimizer
@@ -232,10 +230,9 @@ class FSRWrapper(Optimizer):
                 self.end_epoch()
         elif memory.epoch == 0 and memory.consumed >= 2 * (memory.largest + 1) and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "The samples seem to come again, but no epoch has ended, so there is no reward data and nothing is "
                 "re-weighted: pass dataset= or num_samples= to FSRWrapper, or call end_epoch() after each epoch.",
-                stacklevel=4,
             )
 
     # --- what FSR knows ----------------------------------------------------------------------------------------------
@@ -451,10 +448,9 @@ class FSRWrapper(Optimizer):
             self.consolidate()  # a part of a sharded model's state is of no use: all processes are here
         if self._memory.scattered and not self._warned_of_state:
             self._warned_of_state = True
-            warnings.warn(
+            warn(
                 "This state dict was taken in mid-epoch, in one of several processes, and lacks what the others saw "
                 "since the epoch began: call consolidate() in all processes before.",
-                stacklevel=3,
             )
         state = {**self.optimizer.state_dict(), "fsr": self._memory.state_dict()}
         return carry.pack(state) if by_dcp else state
@@ -476,10 +472,9 @@ class FSRWrapper(Optimizer):
         fitting = self.config, self._memory.num_samples, self._memory.samples
         if state is None:
             if self._memory.ready or carry.asked_by_dcp():
-                warnings.warn(
+                warn(
                     "This state dict has no state of FSR, so FSR starts afresh. If it comes of a run with FSR, load "
                     "what fsr.state_dict(), fsr.save(folder) or get_optimizer_state_dict(model, fsr) gave.",
-                    stacklevel=4,
                 )
             return state_dict, Memory(*fitting)
         if "table" not in state and (state.get("epoch") or state.get("consumed")):
