@@ -162,7 +162,7 @@ _LIMIT = torch.finfo(torch.float32).max / 2
 
 
 class ScoreTable:
-    """P̂ and the last epoch of each sample: 6 bytes a sample, 7 with what `ForgettingEvent` needs.
+    """P̂ and the last epoch of each sample: 6 bytes a sample, 7 with `learned`, as by default.
 
     A sample counts once an epoch, at its first visit; what comes of it again before the epoch ends leaves no trace. So
     it makes no difference which process a repeated sample falls to, nor how often a loader repeats it to fill a batch.

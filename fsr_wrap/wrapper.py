@@ -274,7 +274,8 @@ class FSRWrapper(Optimizer):
 
     @property
     def weights(self) -> Tensor:
-        """ω of the last batch in this process, (b,), detached; they sum to 1 over all processes, or to 0."""
+        """ω of the last batch in this process, (b,), detached; over all processes they sum to 1, or to 0; once labels
+        are judged to what is left of their weight."""
         if self._reweighting.weights is None:
             raise RuntimeError("There are no weights before the first loss().")
         return self._reweighting.weights
