@@ -109,8 +109,11 @@ def _changed(sample: Any, position: int, given: int, new: int) -> Any:
     old = sample[places[0]]
     if isinstance(old, Tensor):
         label = torch.full_like(old, new)
+    elif hasattr(old, "__setitem__"):  # an array of numpy's, without dimensions
+        label = old.copy()
+        label[...] = new
     else:
-        label = (old.dtype.type if hasattr(old, "dtype") else type(old))(new)  # type(array)(5) is an array of 5
+        label = type(old)(new)
     if isinstance(sample, Mapping):
         return {**sample, places[0]: label}
     if hasattr(sample, "_fields"):

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, asdict, fields
 import pytest
 
 from fsr_wrap import FSRConfig
-from fsr_wrap.pushers import AreaUnderMargin, AuthorsMargin, NegativeLoss
+from fsr_wrap.pushers import PUSHERS, AreaUnderMargin, AuthorsMargin, NegativeLoss
 
 NAN, INF = math.nan, math.inf
 AT_LEAST_ONE = "an integer >= 1", [0, -1, 2.0, True, "2", None]
@@ -135,3 +135,8 @@ def test_frozen_checked_on_replace_and_picklable():
     assert isinstance(config.get_pusher(), AreaUnderMargin)
     pusher = NegativeLoss()
     assert FSRConfig(pusher=pusher).get_pusher() is pusher
+
+
+def test_a_pusher_has_its_name_whether_it_is_given_by_it_or_made():
+    for name, kind in PUSHERS.items():
+        assert FSRConfig(pusher=kind()).pusher_name == FSRConfig(pusher=name).pusher_name == name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +76,22 @@ def test_what_is_out_of_range_is_left_out_at_once_and_raised_later() -> None:
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="label outside"):
         fsr.loss(model(x[:60]), y[:60], index)
+
+
+@pytest.mark.parametrize("options", [{}, CLIP])
+def test_a_state_dict_on_the_device_loads_and_is_saved_again(options: dict[str, Any], tmp_path: Path) -> None:
+    model, fsr = make(**options)
+    model.cuda()
+    x, y, _ = (tensor.cuda() for tensor in digits(0.3))
+
+    def train() -> None:
+        for index in torch.arange(N, device="cuda").split(60):
+            fsr.loss(model(x[index]), y[index], index).backward()
+
+    train()
+    best = copy.deepcopy(fsr.state_dict())
+    train()
+    fsr.load_state_dict(best)
+    fsr.save(tmp_path)
+    train()
+    assert fsr.epoch == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,9 @@ def test_the_callback_without_a_wrapper_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"there is SGD\. Return it from configure_optimizers"):
         fit(Forgot(), tmp_path, callbacks=[FSRCallback()])
+
+
+def test_what_a_report_needs_is_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'needs jinja2: pip install "fsr_wrap\[report\]"'):
+        FSRCallback(tmp_path)

@@ -20,6 +20,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from fsr_wrap import FSRWrapper, with_index
 from fsr_wrap.integrations.timm import IndexedLoader, create_loader
@@ -94,6 +96,15 @@ def test_each_image_comes_with_its_index(folder: Path, prefetcher: bool, indexed
     assert len(torch.cat(found).unique()) == loader.samples_per_epoch == len(loader) * BATCH == 40
     assert data.transform is not None
     assert loader.dataset.transform is data.transform
+
+
+def test_soft_targets_of_the_data_set_pass(folder: Path) -> None:
+    data = dataset(folder)
+    data.target_transform = lambda label: F.one_hot(torch.tensor(label), CLASSES).float()
+    options = {**PLAIN, "use_prefetcher": False, "collate_fn": default_collate}
+    _, label = numbers(folder)
+    for _, target, index in create_loader(data, (3, SIZE, SIZE), BATCH, **options):
+        assert torch.equal(target, F.one_hot(label[index], CLASSES).float())
 
 
 def test_evaluation_loader(folder: Path) -> None:

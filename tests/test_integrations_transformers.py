@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -571,3 +572,10 @@ def text_example(monkeypatch: pytest.MonkeyPatch) -> Any:
     example = importlib.import_module("text")
     monkeypatch.setattr(example, "PACKAGES", ("tqdm", "accelerate"))
     return example
+
+
+def test_what_a_report_needs_is_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(make_model(), make_args(tmp_path), train_dataset=with_index(make_data()[0]))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'needs jinja2: pip install "fsr_wrap\[report\]"'):
+        add_fsr(trainer, report=tmp_path / "report")

@@ -426,6 +426,7 @@ class Kinds(torch.utils.data.Dataset[Any]):
         return {
             "tuple": (x, y),
             "list": [x, np.int64(y)],
+            "array": (x, np.array(y, np.uint8)),
             "named": Sample(x, y),
             "dict": {"pixel_values": x, "labels": self.y[i]},
             "arrays": {"pixel_values": x.numpy(), "mask": np.ones(3, dtype=np.int64), "labels": np.int64(y)},
@@ -437,7 +438,7 @@ def label_of(sample: Any) -> int:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("kind", ["tuple", "list", "named", "dict", "arrays"])
+@pytest.mark.parametrize("kind", ["tuple", "list", "array", "named", "dict", "arrays"])
 def test_torch_data_sets_are_cleaned(noisy: Any, kind: str, indexed: bool) -> None:
     x, given, _, fsr = noisy
     table = fsr.label_issues()

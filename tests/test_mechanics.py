@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.data import TensorDataset
 
 from fsr_wrap import FSRWrapper, functional
 from fsr_wrap.heads import Head
@@ -381,6 +382,46 @@ def test_a_head_that_can_be_differentiated_once_only_says_so() -> None:
         fsr.loss(model(X[:B]), Y[:B], torch.arange(B))
     assert told[0].filename == __file__  # it points at the user's line
     train(model, fsr)
+
+
+@pytest.mark.parametrize(
+    ("case", "match"),
+    [
+        ("collisions", "came with another label"),
+        ("no loss", "without loss"),
+        ("too early", "cannot tell yet"),
+        ("cleaned", "cannot tell yet"),
+        ("made", "dictionary_size"),
+    ],
+)
+def test_warnings_point_at_the_users_line(case: str, match: str) -> None:
+    """However deep in the library they come from, and whoever else's code is between."""
+    model, data = Net(), TensorDataset(X, Y)
+    fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=N)
+
+    def epoch(y: Tensor) -> None:
+        for index in torch.arange(N).split(B):
+            fsr.loss(model(X[index]), y[index], index)
+
+    def no_loss() -> None:
+        for _ in range(2 * N // B):
+            model(X[:B])
+            fsr.step()
+
+    def made() -> None:
+        FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=30, weight_rule="clip")
+
+    epoch(Y)
+    provoke = {
+        "collisions": lambda: epoch((Y + 1) % C),
+        "no loss": no_loss,
+        "too early": fsr.label_issues,
+        "cleaned": lambda: fsr.cleaned(data, drop=True),
+        "made": made,
+    }[case]
+    with pytest.warns(UserWarning, match=match) as told:
+        provoke()
+    assert {one.filename for one in told} == {__file__}
 
 
 def test_a_head_that_cannot_be_differentiated_is_refused_at_once() -> None:

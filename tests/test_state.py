@@ -23,7 +23,7 @@ from helpers import CLIP, judge_soon, worker_warnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from test_wrapper import make, snapshot, step, train
+from test_wrapper import digits, make, snapshot, step, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -540,3 +540,28 @@ def test_a_run_that_did_not_know_how_many_samples_there_are_goes_on_with_one_tha
     assert train(model, fsr, 1, 0.3) == train(other_model, other, 1, 0.3)
     with pytest.raises(ValueError, match="samples of up to index 399, this data set has 300"):
         make(num_samples=300, **rule)[1].load_state_dict(fsr.state_dict())
+
+
+@pytest.mark.parametrize("rule", [{}, CLIP])
+def test_a_run_that_knew_how_many_samples_there_are_goes_on_with_one_that_does_not(rule: dict[str, Any]) -> None:
+    model, fsr = make(**rule)
+    train(model, fsr, 3, 0.3)
+    other_model, other = make(num_samples=None, **rule)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(fsr.state_dict()))
+    x, y, _ = digits(0.3)
+    index = torch.arange(50)
+    assert step(model, fsr, x[index], y[index], index) == step(other_model, other, x[index], y[index], index)
+    assert_frame_equal(other.label_issues(), fsr.label_issues())
+
+
+def test_metrics_of_steps_that_one_process_made_are_the_same_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fsr = make()
+    x, y, _ = digits()
+    step(model, fsr, x[:50], y[:50], torch.arange(50))
+    state, told = copy.deepcopy(fsr.state_dict()), fsr.metrics()
+    assert state["fsr"]["sizes"]
+    other = make()[1]
+    monkeypatch.setattr("fsr_wrap.memory.world_size", lambda: 2)
+    other.load_state_dict(state)
+    assert other.metrics() == pytest.approx(told)
