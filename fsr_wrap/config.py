@@ -21,6 +21,7 @@ Storage = Literal["float16", "int8"]
 
 
 def is_int(value: object) -> bool:
+    """Whether it is an integer, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
