@@ -156,6 +156,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON, with its tensors put into `tensors`."""
+    if hasattr(value, "__tensor_flatten__"):  # a subclass that has no memory of its own, as 8-bit optimizers use
+        raise TypeError(
+            f"save() writes plain tensors; {name} is a {type(value).__name__}. Use torch.save(fsr.state_dict(), file), "
+            "and fsr.load_state_dict."
+        )
     if isinstance(value, Tensor) and value.layout is torch.strided:
         while name in tensors:  # as of {"a/b": ..., "a": {"b": ...}}
             name += "'"
