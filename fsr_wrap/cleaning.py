@@ -38,9 +38,13 @@ def clean(memory: Memory, dataset: Any, *, drop: bool, relabel: bool, table: Dat
         kept = (~flagged).nonzero()[:, 0].tolist()
         return dataset.select(kept) if is_hugging_face(dataset, "Dataset") else Subset(dataset, kept)
     if bool((flagged & (predicted < 0)).any()):
+        why = (
+            "no averaged predictions are kept with relabel_weight=0"
+            if table is None
+            else "fill in predicted_label where is_label_issue is True"
+        )
         raise RuntimeError(
-            "Some labels look wrong and have no prediction to put in their place: no averaged predictions are kept "
-            "with relabel_weight=0. Pass drop=True."
+            f"Some labels look wrong and have no prediction to put in their place: {why}. Or pass drop=True."
         )
     given = memory.given.known()[:rows].cpu().long()[number]
     if is_hugging_face(dataset, "Dataset"):
@@ -55,6 +59,11 @@ def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor
     if table is None:
         found = find_issues(memory)
         return found.is_issue, found.predicted
+    missing = [name for name in ("is_label_issue", "predicted_label") if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"The table of issues has no column {missing[0]!r}: give what label_issues() gave, edited or not."
+        )
     if "index" in table.columns:  # as a CSV file has it, or reset_index()
         table = table.set_index("index")
     index = torch.tensor(table.index.to_list(), dtype=torch.int64)
@@ -68,7 +77,15 @@ def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor
                 "The table of issues has another given_label than was trained on: its index is not that of the "
                 "samples, or it is of another run."
             )
-    bad = table["is_label_issue"].astype(bool)
+    told_bad = table["is_label_issue"]
+    bad = told_bad.map({True: True, False: False, "True": True, "False": False})  # 1 and 0 as well
+    if bool(bad.isna().any()):
+        first = int(bad.isna().to_numpy().argmax())
+        raise ValueError(
+            f"The table of issues has {told_bad.iloc[first]!r} under is_label_issue, for sample {table.index[first]}: "
+            "write True or False in every row."
+        )
+    bad = bad.astype(bool)
     wrong, index = table[bad], index[torch.tensor(bad.to_list(), dtype=torch.bool)]
     flagged, predicted = torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
     flagged[index] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +239,9 @@ def label_issues_from_memory(
 def check_class_names(memory: Memory, class_names: Sequence[str] | None) -> list[str] | None:
     """The names given, or the data set's own if there are C. **Raises:** `ValueError` if not C names are given."""
     if class_names is not None:
-        if isinstance(class_names, str) or len(class_names) != memory.num_classes:
+        if isinstance(class_names, Mapping):  # a model's id2label
+            class_names = [class_names.get(label, class_names.get(str(label))) for label in range(len(class_names))]
+        if isinstance(class_names, (str, Set)) or len(class_names) != memory.num_classes or None in class_names:
             raise ValueError(
                 f"class_names={class_names!r} is not allowed: give {memory.num_classes} names, one of each class."
             )

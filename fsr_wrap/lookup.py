@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from .data import LABELS, IndexedDataset, class_names, is_hugging_face
+from .data import LABELS, IndexedDataset, class_names, first_difference, is_hugging_face
 from .memory import Memory
 from .pictures import streams_kept
 
 # Labels compared, of a data set whose samples must be read, and at least; how far they must agree, from 0 by chance to
 # 1; and how many of each class tell that its classes have other numbers.
-_COMPARED, _FEWEST, _AGREES, _EACH = 64, 10, 0.6, 4
+_COMPARED, _FEWEST, _AGREES, _EACH = 128, 10, 0.6, 4
 
 
 def indices_of(dataset: Any, column: str, rows: int) -> Tensor:
@@ -69,49 +69,74 @@ def check_labels(memory: Memory, dataset: Any, number: Tensor, flagged: Tensor) 
     """
     names, own = class_names(dataset), memory.class_names
     if names is not None and own is not None and names != own:
-        other = next((pair for pair in zip(names, own, strict=False) if pair[0] != pair[1]), (len(names), len(own)))
         raise ValueError(
-            f"It is not the data set that was trained on: its classes have other names, {other[0]!r} in place of "
-            f"{other[1]!r} first."
+            "It is not the data set that was trained on: its classes have other names, "
+            f"{first_difference(names, own)} first."
         )
     given = memory.given.known()[: len(flagged)].cpu().long()[number]
     where = ((given >= 0) & ~flagged[number]).nonzero()[:, 0]
+    found: dict[Any, Any]
     if is_hugging_face(dataset, "Dataset"):
         whole = [name for name, feature in dataset.features.items() if is_whole(feature)]
+        texts = [
+            name for name in LABELS if getattr(dataset.features.get(name), "dtype", "") in ("string", "large_string")
+        ]
         found = {name: column_of(dataset, name)[where] for name in whole}
+        found |= {name: dataset.with_format(None)[where.tolist()][name] for name in texts}
     else:
         where = where[torch.linspace(0, len(where) - 1, min(len(where), _COMPARED)).long()]
         with streams_kept():
-            read = [numbers_in(dataset[position]) for position in where.tolist()]
-        always = [place for place in read[0] if all(place in numbers for numbers in read)] if read else []
-        found = {place: torch.tensor([numbers[place] for numbers in read]) for place in always}
-    told = {place: labels for place, labels in found.items() if (labels != labels[:1]).any()}
-    usual = [labels for place, labels in told.items() if place in (*LABELS, 1)]
-    classes = memory.num_classes or 0
-    if len(where) >= _FEWEST and usual and not any(_agree(labels, given[where], classes) for labels in told.values()):
-        differ = usual[0] != given[where]
-        first = int(differ.byte().argmax())
+            samples = [dataset[position] for position in where.tolist()]
+        read = [numbers_in(sample) | _texts_in(sample) for sample in samples]
+        found = {place: [parts[place] for parts in read] for place in set.intersection(*map(set, read))} if read else {}
+    given, classes = given[where], memory.num_classes or 0
+    labels = {place: _as_labels(values, given, classes) for place, values in found.items()}
+    told = {place: numbers for place, numbers in labels.items() if (numbers != numbers[:1]).any()}
+    usual = [place for place in (*LABELS, 1) if place in told]
+    if len(where) >= _FEWEST and usual and not any(_agree(numbers, given, classes) for numbers in told.values()):
+        first = int((told[usual[0]] != given).byte().argmax())
         raise ValueError(
-            f"It is not the data set that was trained on, or not in its order: of {len(where)} labels that do not look "
-            f"wrong {int(differ.sum())} are others. Sample {int(where[first])} has {int(usual[0][first])}, and "
-            f"{int(given[where[first]])} was trained on. Give the data set that was trained on."
+            "It is not the data set that was trained on, or not in its order: its labels agree with those that were "
+            f"trained on no more than by chance. Sample {int(where[first])} has {found[usual[0]][first]}, and "
+            f"{int(given[first])} was trained on. Give the data set that was trained on."
         )
+
+
+def _texts_in(sample: Any) -> dict[Any, str]:
+    """What may be the name of a sample's class."""
+    if isinstance(sample, Mapping):
+        return {key: sample[key] for key in LABELS if isinstance(sample.get(key), str)}
+    is_pair = isinstance(sample, (tuple, list)) and len(sample) > 1
+    return {1: sample[1]} if is_pair and isinstance(sample[1], str) else {}
+
+
+def _as_labels(values: Any, given: Tensor, classes: int) -> Tensor:
+    """Values as numbers of classes, those of texts from C on; all 0 if they are texts that name no classes."""
+    if isinstance(values, Tensor) or not values or not isinstance(values[0], str):
+        return torch.as_tensor(values)
+    names = sorted(set(values))
+    if not len(given.unique()) <= len(names) <= len(values) // _EACH:
+        return torch.zeros(len(values), dtype=torch.int64)
+    number = {name: classes + place for place, name in enumerate(names)}
+    return torch.tensor([number[value] for value in values])
 
 
 def _agree(found: Tensor, given: Tensor, classes: int) -> bool:
     """Whether labels agree with the given ones by more than chance.
 
-    If they are no numbers of classes, classes may have got theirs in training: counted from another one on, or one by
-    one.
+    If they are no numbers of classes, classes may have got theirs in training: counted from another one on, one by one,
+    or several in one.
     """
     made = [found]
     if int(found.max()) >= classes:
         values, place = found.unique(return_inverse=True)
         made = [found + (given - found).mode().values]
-        if len(values) <= min(classes, len(given) // _EACH):  # ids have as many as there are samples
-            count = torch.bincount(place * classes + given, minlength=len(values) * classes).view(-1, classes)
-            likeliest = count.argmax(1)
-            made += [likeliest[place]] if len(likeliest.unique()) == len(values) else []
+        pair, count = (place * classes + given).unique(return_counts=True)
+        most = torch.zeros_like(values).scatter_reduce(0, pair // classes, count * classes + pair % classes, "amax")
+        likeliest = most % classes
+        each = _EACH if len(likeliest.unique()) == len(values) else 2 * _EACH
+        if len(values) <= len(given) // each:  # ids have as many as there are samples
+            made.append(likeliest[place])
     return any(_kappa(labels, given) >= _AGREES for labels in made)
 
 

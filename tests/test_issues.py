@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers import PAPER, judge_soon
+from pandas.testing import assert_frame_equal
 from PIL import Image
 from processes import run
 from sklearn.datasets import load_digits
@@ -296,7 +297,9 @@ def test_classes_have_the_names_of_the_data_set(kind: str) -> None:
     assert fsr.state_dict()["fsr"]["class_names"] == NAMES
     other = fsr.label_issues(class_names=[f"class {number}" for number in range(10)])
     assert other["given_name"].tolist() == [f"class {label}" for label in given]
-    for wrong in (["one"], "0123456789"):
+    by_number = fsr.label_issues(class_names=dict(reversed([*enumerate(NAMES)])))  # as a model's id2label
+    assert_frame_equal(by_number, table)
+    for wrong in (["one"], "0123456789", set(NAMES), dict.fromkeys(NAMES)):
         with pytest.raises(ValueError, match="10 names"):
             fsr.label_issues(class_names=wrong)
 
@@ -560,7 +563,7 @@ def test_another_order_or_another_data_set_is_refused(noisy: Any, tmp_path: Path
     ]
     for other in others:
         for ask in ({"drop": True}, {"relabel": True}):
-            with pytest.raises(ValueError, match=r"not the data set that was trained on, or not in its order: of \d+"):
+            with pytest.raises(ValueError, match=r"not in its order: its labels .* by chance\. Sample \d+ has "):
                 fsr.cleaned(other, **ask)
         with pytest.raises(ValueError, match="not the data set that was trained on"):
             fsr.report(tmp_path, other)
@@ -588,6 +591,51 @@ def test_the_same_data_set_is_known_again(noisy: Any) -> None:
     for dataset in same:
         assert len(fsr.cleaned(dataset, drop=True)) == (~flagged).sum()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("wrong", [None, float("nan"), "WAHR", "yes", 2])
+def test_a_table_with_other_than_true_and_false_is_refused(noisy: Any, wrong: Any) -> None:
+    x, given, _, fsr = noisy
+    dataset, table = TensorDataset(x, given), fsr.label_issues()
+    kept = fsr.cleaned(dataset, drop=True).indices
+    for kind in (object, int, str, "boolean"):
+        same = table.assign(is_label_issue=table["is_label_issue"].astype(kind))
+        assert fsr.cleaned(dataset, drop=True, issues=same).indices == kept
+    table["is_label_issue"] = table["is_label_issue"].astype(object)
+    table.loc[7, "is_label_issue"] = wrong
+    with pytest.raises(ValueError, match="under is_label_issue, for sample 7: write True or False"):
+        fsr.cleaned(dataset, drop=True, issues=table)
+    with pytest.raises(ValueError, match="no column 'is_label_issue'"):
+        fsr.cleaned(dataset, drop=True, issues=table.drop(columns="is_label_issue"))
+    blank = fsr.label_issues().assign(predicted_label=pd.NA)
+    with pytest.raises(RuntimeError, match="fill in predicted_label"):
+        fsr.cleaned(dataset, relabel=True, issues=blank)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "dicts", "hugging face"])
+def test_labels_that_are_texts_or_that_the_loader_merges_tell_the_order_too(noisy: Any, kind: str) -> None:
+    """They are made numbers by a collate function, say."""
+    x, given, _, fsr = noisy
+
+    def make_data(order: Tensor, names: list[Any]) -> Any:
+        rows = [{"x": x[i].tolist(), "label": names[given[i]]} for i in order.tolist()]
+        pairs = [(row["x"], row["label"]) for row in rows]
+        return {"pairs": pairs, "dicts": rows, "hugging face": Dataset.from_list(rows) if kind[0] == "h" else None}[
+            kind
+        ]
+
+    there, other = torch.arange(len(given)), torch.randperm(len(given), generator=torch.Generator().manual_seed(1))
+    for names in (NAMES, [f"name {(7 * number) % 10}" for number in range(10)]):
+        dropped = fsr.cleaned(make_data(there, names), drop=True)
+        assert len(dropped) == (~fsr.label_issues()["is_label_issue"]).sum()
+        with pytest.raises(ValueError, match="not in its order"):
+            fsr.cleaned(make_data(other, names), drop=True)
+    if kind == "pairs":  # texts of the samples themselves are no labels
+        assert fsr.cleaned([(int(y), f"text {number}") for number, y in enumerate(given)], drop=True)
+    merged = train(x, given // 3, epochs=6)
+    assert merged.cleaned(make_data(there, list(range(10, 20))), drop=True)
+    with pytest.raises(ValueError, match="not in its order"):
+        merged.cleaned(make_data(other, list(range(10, 20))), drop=True)
 
 
 def test_a_table_is_read_by_its_indices(noisy: Any, tmp_path: Path) -> None:
