@@ -106,6 +106,13 @@ def class_names(dataset: Any) -> list[str] | None:
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
+def first_difference(found: list[str], expected: list[str]) -> str:
+    """Where lists of names begin to differ."""
+    pairs = zip(found, expected, strict=False)
+    one, other = next((pair for pair in pairs if pair[0] != pair[1]), (len(found), len(expected)))
+    return f"{one!r} in place of {other!r}"
+
+
 def _own_names(dataset: Any) -> list[str] | None:
     if is_hugging_face(dataset, "Dataset") or is_hugging_face(dataset, "IterableDataset"):
         features = {key: feature for key, feature in (dataset.features or {}).items() if hasattr(feature, "int2str")}
@@ -192,6 +199,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _add(sample: Any, index: int, column: str) -> Any:
+    if sample is None:  # a sample that could not be read, which the collate function leaves out
+        return None
     if isinstance(sample, Mapping):
         if column not in sample:
             return {**sample, column: index}
@@ -266,11 +275,26 @@ class IndexedIterableDataset(_Indexed, IterableDataset[Any]):
         world = distributed.world_size()
         return told if world == 1 else (distributed.rank(), world)
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        own = {"state_dict": self._state_dict, "load_state_dict": self._load_state_dict}
+        return own.get(name, found)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Of a stream that can go on where it was: its own, and how many samples came. For stateful loaders."""
+        return {"dataset": self.dataset.state_dict(), "came": self.__dict__.get("_came", 0)}
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset.load_state_dict(state["dataset"])
+        self.__dict__["_start"] = state["came"]
+
     def __iter__(self) -> Iterator[Any]:
         worker, (rank, world) = get_worker_info(), self._rank_and_world()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for count, sample in enumerate(self.dataset):
+        for count, sample in enumerate(self.dataset, self.__dict__.pop("_start", 0)):
+            self.__dict__["_came"] = count + 1
             yield _add_to_stream(sample, rank * workers + number + count * world * workers, self.column)
+        self.__dict__["_came"] = 0
 
 
 class _SizedIndexedIterableDataset(IndexedIterableDataset):

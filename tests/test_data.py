@@ -158,6 +158,45 @@ def test_streams(stream, workers):
     assert isinstance(dataset, IterableDataset)
 
 
+class Resumable(Stream):
+    """Goes on where it was, as stateful loaders ask."""
+
+    at = 0
+
+    def __iter__(self):
+        while self.at < N:
+            self.at += 1
+            yield torch.tensor(10 * (self.at - 1)), 0
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("came", [0, 3, N])
+def test_a_stream_that_goes_on_keeps_its_numbers(came):
+    stream = with_index(Resumable())
+    samples = iter(stream)
+    for _ in range(came):
+        next(samples)
+    if came == N:
+        assert next(samples, None) is None
+    other = with_index(Resumable())
+    other.load_state_dict(stream.state_dict())
+    for first in (came % N, 0):
+        assert [(x.item(), i) for x, _, i in other] == [(10 * i, i) for i in range(first, N)]
+    assert not hasattr(with_index(Stream()), "state_dict")
+
+
+def test_samples_that_are_none_stay_none():
+    """Collate functions leave out what could not be read."""
+    dataset = with_index([(1, 2), None, (3, 4)])
+    assert [dataset[i] for i in range(3)] == [(1, 2, 0), None, (3, 4, 2)]
+
+
 def test_only_a_stream_of_a_length_has_one():
     assert len(with_index(SizedStream())) == N + 1
     assert len(DataLoader(with_index(SizedStream()), batch_size=2)) == 6
