@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. **Returns:** the exit status, 2 if what was asked for cannot be had."""
     options = _parser().parse_args(arguments)
     try:
-        print(options.run(options))
+        said = options.run(options)
+        if said:
+            print(said)
     except (ImportError, OSError, RuntimeError, ValueError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"fsr-wrap: {text}", file=sys.stderr)
@@ -34,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((issues, _issues), (report, _report)):
         command.set_defaults(run=run)
         command.add_argument("checkpoint", type=Path, help="what fsr.save() wrote: the folder, or fsr.safetensors")
-    issues.add_argument("--csv", type=Path, required=True, metavar="FILE", help="where to write it")
+    issues.add_argument("--csv", type=Path, required=True, metavar="FILE", help="where to write it; - is the output")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it")
     report.add_argument(
         "--data",
@@ -49,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
 def _issues(options: argparse.Namespace) -> str:
     """Writes all labels to a CSV file, those that look wrong first."""
     table = label_issues_from_memory(read_memory(options.checkpoint))
+    if str(options.csv) == "-":
+        write_table(sys.stdout, table)
+        return ""
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     write_table(options.csv, table)
     return f"{options.csv}: {int(table['is_label_issue'].sum()):,} of {len(table):,} labels look wrong."

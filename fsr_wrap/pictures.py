@@ -120,10 +120,12 @@ def as_image(value: Any) -> Image | None:
         try:
             value = PIL.Image.open(io.BytesIO(value if isinstance(value, bytes) else value["bytes"]))
             value.load()
-        except OSError:
+        except Exception:  # damaged or huge ones raise many kinds
             return None
     if not isinstance(value, PIL.Image.Image):
         return _from_array(value)
+    if 0 in value.size:
+        return None
     value = ImageOps.exif_transpose(value)
     if value.mode in ("L", "RGB"):
         return value

@@ -8,17 +8,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
 
-from .data import check_map_style
+from .checks import warn
+from .data import check_map_style, is_stream
 from .issues import check_class_names, is_too_early, label_issues_from_memory
 from .lookup import check_labels, indices_of
 from .memory import Memory
 from .selection import HELD
 from .shares import rank_within
+
+if TYPE_CHECKING:
+    from .wrapper import FSRWrapper
 
 PAGE_NAME, TABLE_NAME = "index.html", "label_issues.csv"
 _ROWS = 50_000  # flagged labels that the page itself lists
@@ -225,16 +229,28 @@ def write_report(
     return folder / PAGE_NAME
 
 
-def write_table(path: Path, table: Any) -> None:
+def report_at_end(fsr: FSRWrapper, folder: str | os.PathLike[str], dataset: Any) -> None:
+    """`fsr.report` when training is over: if it fails there is a warning, and what comes after training is done."""
+    try:
+        fsr.report(folder, None if is_stream(dataset) else dataset)
+    except Exception as error:
+        warn(f"There is no report: {error} What was learned is there: call fsr.report(folder) when that is mended.")
+
+
+def write_table(path: Path | TextIO, table: Any) -> None:
     """The table of `label_issues` as CSV: the flagged labels first, the worst of them on top."""
     order = table.assign(_right=~table["is_label_issue"]).sort_values(["_right", "label_quality"], kind="stable").index
-    with _whole_file(path) as partial:
+    with _whole_file(path) if isinstance(path, Path) else contextlib.nullcontext(path) as partial:
         table.loc[order].to_csv(partial, float_format="%.6g")
 
 
 @contextlib.contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
-    """A file beside it that takes its name when all is well."""
+    """A file beside it that takes its name when all is well; itself, if it is a pipe or a device."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()  # where a link leads
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -383,8 +385,19 @@ def test_images_of_all_kinds(value: Any, mode: str, extremes: tuple[int, int]) -
     assert (pixels.min(), pixels.max()) == extremes
 
 
+def damaged() -> bytes:
+    """A PNG file whose second chunk has another name."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    return file.getvalue().replace(b"IDAT", b"\x00DAT")
+
+
 @pytest.mark.parametrize(
-    "value", [torch.rand(64), torch.rand(2, 3), torch.rand(5, 16, 16), 3, None, b"none", {"bytes": b"none"}, "text"]
+    "value",
+    [
+        *(torch.rand(64), torch.rand(2, 3), torch.rand(5, 16, 16), 3, None, b"none", {"bytes": b"none"}, "text"),
+        *(damaged(), {"bytes": damaged()}, Image.new("L", (0, 8))),
+    ],
 )
 def test_what_is_no_image(value: Any) -> None:
     assert as_image(value) is None
@@ -493,6 +506,23 @@ def test_the_command_says_what_the_wrapper_says(
     told = capsys.readouterr()
     assert f"{flagged} of 400 labels look wrong" in told.out
     assert told.err == ""
+    assert main(["issues", str(folder), "--csv", "-"]) == 0
+    assert capsys.readouterr().out.encode() == own
+    (tmp_path / "link.csv").symlink_to(tmp_path / "out" / "issues.csv")
+    (tmp_path / "out" / "issues.csv").write_text("older")
+    assert main(["issues", str(folder), "--csv", str(tmp_path / "link.csv")]) == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "out" / "issues.csv").read_bytes() == own
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_stays_a_pipe(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        assert main(["issues", str(folder), "--csv", str(pipe)]) == 0
+        assert len(read.result().splitlines()) == 401
+    assert pipe.is_fifo()
 
 
 def test_the_command_shows_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
