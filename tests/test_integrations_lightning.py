@@ -315,3 +315,11 @@ def test_what_a_report_needs_is_asked_for_at_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'needs jinja2: pip install "fsr_wrap\[report\]"'):
         FSRCallback(tmp_path)
+
+
+def test_a_report_that_fails_does_not_end_what_comes_after_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = Module()
+    with pytest.warns(UserWarning, match="There is no report: .*call fsr.report"):
+        fit(module, tmp_path / "logs", callbacks=[FSRCallback(tmp_path / "file" / "report")])
+    assert module.fsr.epoch == 3

@@ -579,3 +579,12 @@ def test_what_a_report_needs_is_asked_for_at_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'needs jinja2: pip install "fsr_wrap\[report\]"'):
         add_fsr(trainer, report=tmp_path / "report")
+
+
+def test_a_report_that_fails_does_not_end_what_comes_after_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    trainer = Trainer(make_model(), make_args(tmp_path, num_train_epochs=3), train_dataset=with_index(make_data()[0]))
+    fsr = add_fsr(trainer, report=tmp_path / "file" / "report", **RULES["clip"])
+    with pytest.warns(UserWarning, match="There is no report: .*call fsr.report"):
+        trainer.train()
+    assert fsr.epoch == 3

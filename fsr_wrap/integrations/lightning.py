@@ -7,8 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..data import is_stream
-from ..report import check_packages
+from ..report import check_packages, report_at_end
 from ..wrapper import FSRWrapper
 
 
@@ -80,7 +79,7 @@ class FSRCallback(Callback):
             dataset = getattr(trainer.train_dataloader, "dataset", None)
             self._wrappers[0].consolidate()
             if trainer.is_global_zero:
-                self._wrappers[0].report(self._report, None if is_stream(dataset) else dataset)
+                report_at_end(self._wrappers[0], self._report, dataset)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own: FSR's state is the optimizer's. The callbacks are asked first, in all processes."""

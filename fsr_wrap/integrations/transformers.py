@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ..config import FSRConfig
-from ..data import is_stream, sample_counts
+from ..data import sample_counts
 from ..heads import REFUSED, unwrap
-from ..report import check_packages
+from ..report import check_packages, report_at_end
 from ..wrapper import FSRWrapper
 
 
@@ -190,7 +190,7 @@ class FSRCallback(TrainerCallback):
         if self._report is not None:
             self.fsr.consolidate()
             if state.is_world_process_zero:
-                self.fsr.report(self._report, None if is_stream(self._dataset) else self._dataset)
+                report_at_end(self.fsr, self._report, self._dataset)
 
 
 class _Index:
