@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from . import carry, cleaning, distributed, functional, issues
 from .checks import as_logits, warn
 from .config import FSRConfig, Overrides, check_names
-from .data import class_names, sample_counts
+from .data import class_names, first_difference, sample_counts
 from .dictionary import RewardDictionary
 from .groups import check_alike, find_group
 from .heads import Head, check_parallelism, resolve_part, unwrap
@@ -109,11 +111,16 @@ class FSRWrapper(Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        if isinstance(optimizer, FSRWrapper):
+            raise TypeError("optimizer is an FSRWrapper already: use it as it is, or wrap optimizer.optimizer anew.")
         if config is not None and not isinstance(config, FSRConfig):
             raise TypeError(f"config must be an FSRConfig, not {type(config).__name__}.")
         for name, value in (("num_samples", num_samples), ("samples_per_epoch", samples_per_epoch)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not hasattr(value, "__index__") or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed: give an integer >= 1 or None.")
+        num_samples, samples_per_epoch = (
+            None if number is None else operator.index(number) for number in (num_samples, samples_per_epoch)
+        )
         config = replace(config or FSRConfig(), **check_names(overrides))
         rows, length = (None, None) if dataset is None else sample_counts(dataset, column)
         core = unwrap(model)
@@ -140,6 +147,7 @@ class FSRWrapper(Optimizer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # torch.compiler.disable would import dynamo, which takes seconds, with this package
     @_in_group
     def loss(self, logits: Any, target: Tensor, index: Tensor, label: Tensor | None = None) -> Tensor:
         """The loss to back-propagate, in place of cross-entropy.
@@ -488,9 +496,20 @@ class FSRWrapper(Optimizer):
 
     def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
         self.optimizer.load_state_dict(self._sharded(state_dict))
+        self._compare_names(memory.class_names)
         memory.class_names = self._memory.class_names or memory.class_names
         self._reweighting.take_over(memory)
         self._alike = False
+
+    def _compare_names(self, others: list[str] | None) -> None:
+        """Warns where the classes of what is loaded have other names."""
+        own = self._memory.class_names
+        if own is not None and others is not None and own != others:
+            warn(
+                f"What is loaded was trained on classes of other names, {first_difference(others, own)} first. Where "
+                "the classes are in another order, its scores and predictions are of other classes: load it with the "
+                "data set that it was trained on.",
+            )
 
     def _sharded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The inner optimizer's state dict, with whole tensors sharded where FSDP2 shards their parameters."""

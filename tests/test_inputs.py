@@ -253,6 +253,36 @@ def test_a_compiled_model(reward: str) -> None:
     assert_close(runs[0], runs[1], 1e-9)
 
 
+def test_a_compiled_step() -> None:
+    """`loss()` is left out of the graphs, so that there is one, of the model."""
+    torch._dynamo.reset()
+    x, y = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 4
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+        fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=40)
+
+        def forward(index: Tensor, model: nn.Module = model, fsr: FSRWrapper = fsr) -> Tensor:
+            return fsr.loss(model(x[index]), y[index], index)
+
+        graphs: list[Any] = []
+
+        def count(graph: Any, _: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph
+
+        step = torch.compile(forward, backend=count) if compiled else forward
+        for _ in range(3):
+            for index in torch.arange(40).split(10):
+                step(index).backward()
+                fsr.step()
+                fsr.zero_grad()
+        runs.append([*model.parameters(), fsr.scores])
+        assert len(graphs) == compiled
+    assert_close(runs[0], runs[1], 1e-9)
+
+
 # --- what cannot be kept ---------------------------------------------------------------------------------------------
 
 

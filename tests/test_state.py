@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from test_wrapper import digits, make, snapshot, step, train
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fsr_wrap import FSRWrapper, with_index
@@ -118,6 +119,7 @@ def test_what_was_loaded_does_not_depend_on_the_file(tmp_path: Path) -> None:
         ({1, 2}, "strange is a set"),
         ({(1, 2): 3}, "strange has a tuple as one"),
         (torch.zeros(2).to_sparse(), "strange is a Tensor"),
+        (TwoTensor(torch.zeros(2), torch.zeros(2)), "plain tensors; .*/strange is a TwoTensor"),
         (torch.zeros(2, dtype=torch.complex128), "complex128"),
     ],
 )
@@ -565,3 +567,22 @@ def test_metrics_of_steps_that_one_process_made_are_the_same_in_two(monkeypatch:
     monkeypatch.setattr("fsr_wrap.memory.world_size", lambda: 2)
     other.load_state_dict(state)
     assert other.metrics() == pytest.approx(told)
+
+
+def test_classes_of_other_names_are_noticed(tmp_path: Path) -> None:
+    images, labels, _ = digits()
+
+    def make_named(names: list[str]) -> FSRWrapper:
+        dataset: Any = TensorDataset(images, labels)
+        dataset.classes = names
+        model = nn.Linear(64, 10)
+        fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), dataset=with_index(dataset))
+        fsr.loss(model(images[:50]), labels[:50], torch.arange(50))
+        return fsr
+
+    names = [f"class {number}" for number in range(10)]
+    make_named(names).save(tmp_path)
+    make_named(names).load(tmp_path)
+    other = make_named(names[::-1])
+    with pytest.warns(UserWarning, match="other names, 'class 0' in place of 'class 9' first"):
+        other.load(tmp_path)
