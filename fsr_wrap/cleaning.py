@@ -78,7 +78,8 @@ def _verdict(memory: Memory, table: DataFrame | None, rows: int) -> tuple[Tensor
                 "samples, or it is of another run."
             )
     told_bad = table["is_label_issue"]
-    bad = told_bad.map({True: True, False: False, "True": True, "False": False})  # 1 and 0 as well
+    # 1 and 0 as well, and words of a spreadsheet.
+    bad = told_bad.map({True: True, False: False, "True": True, "False": False, "TRUE": True, "FALSE": False})
     if bool(bad.isna().any()):
         first = int(bad.isna().to_numpy().argmax())
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = options.run(options)
         if said:
             print(said)
+    except BrokenPipeError:  # who reads the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ImportError, OSError, RuntimeError, ValueError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"fsr-wrap: {text}", file=sys.stderr)
@@ -36,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((issues, _issues), (report, _report)):
         command.set_defaults(run=run)
         command.add_argument("checkpoint", type=Path, help="what fsr.save() wrote: the folder, or fsr.safetensors")
-    issues.add_argument("--csv", type=Path, required=True, metavar="FILE", help="where to write it; - is the output")
+    issues.add_argument(
+        "--csv", type=Path, required=True, metavar="FILE", help="where to write it; - for standard output"
+    )
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it")
     report.add_argument(
         "--data",
@@ -51,12 +56,20 @@ def _parser() -> argparse.ArgumentParser:
 def _issues(options: argparse.Namespace) -> str:
     """Writes all labels to a CSV file, those that look wrong first."""
     table = label_issues_from_memory(read_memory(options.checkpoint))
-    if str(options.csv) == "-":
+    if str(options.csv) == "-" or _is_output(options.csv):
         write_table(sys.stdout, table)
         return ""
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     write_table(options.csv, table)
     return f"{options.csv}: {int(table['is_label_issue'].sum()):,} of {len(table):,} labels look wrong."
+
+
+def _is_output(path: Path) -> bool:
+    """Whether it is standard output by another name, /dev/stdout say."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # there is no such file, or no output
+        return False
 
 
 def _report(options: argparse.Namespace) -> str:

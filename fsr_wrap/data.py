@@ -48,8 +48,9 @@ def with_index(dataset: Any, column: str = "index") -> Any:
     if is_hugging_face(dataset, "IterableDataset"):
         return _with_count(dataset, column)
     if isinstance(dataset, IterableDataset):
-        sized = hasattr(dataset, "__len__")
-        return (_SizedIndexedIterableDataset if sized else IndexedIterableDataset)(dataset, column)
+        sized, stateful = hasattr(dataset, "__len__"), hasattr(dataset, "load_state_dict")
+        kinds = {(0, 0): IndexedIterableDataset, (1, 0): _Sized, (0, 1): _Stateful, (1, 1): _SizedStateful}
+        return kinds[sized, stateful](dataset, column)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict):
         return IndexedDataset(dataset, column)
     raise no_data_set(dataset, "DataLoader(with_index(dataset), ...)")
@@ -275,19 +276,6 @@ class IndexedIterableDataset(_Indexed, IterableDataset[Any]):
         world = distributed.world_size()
         return told if world == 1 else (distributed.rank(), world)
 
-    def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        own = {"state_dict": self._state_dict, "load_state_dict": self._load_state_dict}
-        return own.get(name, found)
-
-    def _state_dict(self) -> dict[str, Any]:
-        """Of a stream that can go on where it was: its own, and how many samples came. For stateful loaders."""
-        return {"dataset": self.dataset.state_dict(), "came": self.__dict__.get("_came", 0)}
-
-    def _load_state_dict(self, state: dict[str, Any]) -> None:
-        self.dataset.load_state_dict(state["dataset"])
-        self.__dict__["_start"] = state["came"]
-
     def __iter__(self) -> Iterator[Any]:
         worker, (rank, world) = get_worker_info(), self._rank_and_world()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -297,9 +285,26 @@ class IndexedIterableDataset(_Indexed, IterableDataset[Any]):
         self.__dict__["_came"] = 0
 
 
-class _SizedIndexedIterableDataset(IndexedIterableDataset):
+class _Sized(IndexedIterableDataset):
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class _Stateful(IndexedIterableDataset):
+    """Of a stream that can go on where it was, as stateful loaders ask."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's own, and how many samples came."""
+        return {"dataset": self.dataset.state_dict(), "came": self.__dict__.get("_came", 0)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on there."""
+        self.dataset.load_state_dict(state["dataset"])
+        self.__dict__["_start"] = state["came"]
+
+
+class _SizedStateful(_Sized, _Stateful):
+    pass
 
 
 def sample_counts(dataset: Any, column: str = "index") -> tuple[int | None, int | None]:

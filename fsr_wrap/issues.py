@@ -212,7 +212,7 @@ def pred_probs(memory: Memory) -> ndarray:
 
 
 def label_issues_from_memory(
-    memory: Memory, share: float | None = None, class_names: Sequence[str] | None = None
+    memory: Memory, share: float | None = None, class_names: Sequence[str] | Mapping[int, str] | None = None
 ) -> DataFrame:
     """The table of [`label_issues`][fsr_wrap.FSRWrapper.label_issues], from a memory alone, one that was saved say.
 
@@ -236,16 +236,17 @@ def label_issues_from_memory(
     return pandas.DataFrame(columns, index=pandas.RangeIndex(len(issues.given), name="index"))
 
 
-def check_class_names(memory: Memory, class_names: Sequence[str] | None) -> list[str] | None:
+def check_class_names(memory: Memory, class_names: Sequence[str] | Mapping[int, str] | None) -> list[str] | None:
     """The names given, or the data set's own if there are C. **Raises:** `ValueError` if not C names are given."""
     if class_names is not None:
-        if isinstance(class_names, Mapping):  # a model's id2label
-            class_names = [class_names.get(label, class_names.get(str(label))) for label in range(len(class_names))]
-        if isinstance(class_names, (str, Set)) or len(class_names) != memory.num_classes or None in class_names:
+        names: Any = class_names
+        if isinstance(names, Mapping):  # a model's id2label
+            names = [names.get(label) for label in range(len(names))]
+        if isinstance(names, (str, Set)) or len(names) != memory.num_classes or None in names:
             raise ValueError(
                 f"class_names={class_names!r} is not allowed: give {memory.num_classes} names, one of each class."
             )
-        return [str(name) for name in class_names]
+        return [str(name) for name in names]
     own = memory.class_names
     return own if own is not None and len(own) == memory.num_classes else None
 

@@ -82,6 +82,8 @@ def check_state(state: State, *, metrics: int, sums: int, planned: int) -> None:
     _need(state["planned"] <= planned, "planned", state["planned"])
     samples = state["num_samples"]
     _need(samples is None or (is_int(samples) and samples > state["largest"]), "num_samples", samples)
+    processes = state.get("world_size", 1)
+    _need(is_int(processes) and processes >= 1, "world_size", processes)
     names = state.get("class_names", [])
     _need(isinstance(names, list) and all(isinstance(name, str) for name in names), "class_names", names)
     if "table" not in state:

@@ -82,15 +82,16 @@ def check_labels(memory: Memory, dataset: Any, number: Tensor, flagged: Tensor) 
             name for name in LABELS if getattr(dataset.features.get(name), "dtype", "") in ("string", "large_string")
         ]
         found = {name: column_of(dataset, name)[where] for name in whole}
-        found |= {name: dataset.with_format(None)[where.tolist()][name] for name in texts}
+        plain = dataset.with_format(None)
+        found |= {name: plain.select_columns([name])[where.tolist()][name] for name in texts}
     else:
         where = where[torch.linspace(0, len(where) - 1, min(len(where), _COMPARED)).long()]
         with streams_kept():
-            samples = [dataset[position] for position in where.tolist()]
-        read = [numbers_in(sample) | _texts_in(sample) for sample in samples]
+            samples = (dataset[position] for position in where.tolist())
+            read = [numbers_in(sample) | _texts_in(sample) for sample in samples]
         found = {place: [parts[place] for parts in read] for place in set.intersection(*map(set, read))} if read else {}
     given, classes = given[where], memory.num_classes or 0
-    labels = {place: _as_labels(values, given, classes) for place, values in found.items()}
+    labels = {place: _as_labels(values, given, classes, own) for place, values in found.items()}
     told = {place: numbers for place, numbers in labels.items() if (numbers != numbers[:1]).any()}
     usual = [place for place in (*LABELS, 1) if place in told]
     if len(where) >= _FEWEST and usual and not any(_agree(numbers, given, classes) for numbers in told.values()):
@@ -110,14 +111,23 @@ def _texts_in(sample: Any) -> dict[Any, str]:
     return {1: sample[1]} if is_pair and isinstance(sample[1], str) else {}
 
 
-def _as_labels(values: Any, given: Tensor, classes: int) -> Tensor:
-    """Values as numbers of classes, those of texts from C on; all 0 if they are texts that name no classes."""
-    if isinstance(values, Tensor) or not values or not isinstance(values[0], str):
+def _as_labels(values: Any, given: Tensor, classes: int, names: list[str] | None) -> Tensor:
+    """Values as numbers of classes: texts by the `names` of the classes, or from C on if there are as many as classes.
+
+    All 0 if they tell nothing: texts that are others, or too many.
+    """
+    if isinstance(values, Tensor) or not any(value is None or isinstance(value, str) for value in values):
         return torch.as_tensor(values)
-    names = sorted(set(values))
-    if not len(given.unique()) <= len(names) <= len(values) // _EACH:
-        return torch.zeros(len(values), dtype=torch.int64)
-    number = {name: classes + place for place, name in enumerate(names)}
+    nothing = torch.zeros(len(values), dtype=torch.int64)
+    if not all(isinstance(value, str) for value in values):
+        return nothing
+    if names is not None and set(values) <= set(names):
+        number = {name: label for label, name in enumerate(names)}
+    else:
+        different = sorted(set(values))
+        if not len(different) == len(given.unique()) <= len(values) // _EACH:
+            return nothing
+        number = {name: classes + place for place, name in enumerate(different)}
     return torch.tensor([number[value] for value in values])
 
 

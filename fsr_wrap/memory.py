@@ -275,16 +275,19 @@ class Memory:
         if len(self._uncounted) == _UNCOUNTED:
             self.counted()
 
-    def counted(self, known: bool = False) -> Tensor:
-        """The sums of all steps since the metrics were read, (8,) float64. `known`: whether all processes have the same
-        steps, of whole batches; see `History.add`."""
+    def counted(self, known: bool = False, processes: int | None = None) -> Tensor:
+        """The sums of all steps since the metrics were read, (8,) float64.
+
+        **Arguments:** `known`, whether all processes have the same steps, see `History.add`; `processes`, of how many
+        each step has the part of one.
+        """
         if self._uncounted:
             weights, losses, reward_loss, skipped_samples, skipped_reward = self._uncounted_columns()
             size = torch.tensor(self._sizes, device="cpu").to(weights.device, non_blocking=True)
             largest, units = weights.amax(1), weights * size[:, None]
             # Labels that are judged keep a part of their weight: what is missing adds up.
             missing = (1 - units).clamp(min=0) if self.config.selects else weights <= 0
-            parts = 1 if known else world_size()
+            parts = world_size() if processes is None else processes
             values = (
                 parts * (weights * losses).sum(1),
                 parts * reward_loss,
@@ -322,7 +325,7 @@ class Memory:
         """Plain tensors, numbers and strings; copies."""
         config = {**asdict(self.config), "pusher": self.config.pusher_name}
         state: dict[str, Any] = {"version": STATE_VERSION, "num_samples": self.num_samples, "config": config}
-        state["world_size"] = world_size()  # for people
+        state["world_size"] = world_size()
         state |= {name: getattr(self, name) for name in COUNTERS}
         if self.class_names is not None:
             state["class_names"] = list(self.class_names)
@@ -389,8 +392,9 @@ class Memory:
             told = "history" in state  # not in states of 0.1, whose steps may be of an epoch that ended
             if told:
                 self.history.load_state_dict(state["history"])
-            if world_size() > 1 or not told:
-                self.counted(known=True)  # each process has them all
+            processes = state.get("world_size", 1)
+            if world_size() > 1 or processes > 1 or not told:
+                self.counted(known=True, processes=processes)  # each process has them all
             if not told:
                 self.history.sums.zero_()
             if "plan" in state and state["plan"].shape[2] == config.reward_batch_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -201,7 +201,7 @@ def write_report(
     *,
     dataset: Any = None,
     column: str = "index",
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
     to_image: Callable[[Any], Any] | None = None,
 ) -> Path:
     """See `FSRWrapper.report`; from a memory alone, one that was saved say. **Returns:** the page."""
@@ -234,7 +234,10 @@ def report_at_end(fsr: FSRWrapper, folder: str | os.PathLike[str], dataset: Any)
     try:
         fsr.report(folder, None if is_stream(dataset) else dataset)
     except Exception as error:
-        warn(f"There is no report: {error} What was learned is there: call fsr.report(folder) when that is mended.")
+        warn(
+            f"The report could not be written ({type(error).__name__}: {error}). Training is not affected; once this "
+            "is fixed, call fsr.report(folder, dataset=train_set)."
+        )
 
 
 def write_table(path: Path | TextIO, table: Any) -> None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,11 @@ class FSRWrapper(Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-        if isinstance(optimizer, FSRWrapper):
-            raise TypeError("optimizer is an FSRWrapper already: use it as it is, or wrap optimizer.optimizer anew.")
+        inner: Any = optimizer  # Accelerate's is one around it
+        while inner is not None:
+            if isinstance(inner, FSRWrapper):
+                raise TypeError("optimizer is an FSRWrapper already: use it as it is, or wrap its .optimizer anew.")
+            inner = getattr(inner, "optimizer", None)
         if config is not None and not isinstance(config, FSRConfig):
             raise TypeError(f"config must be an FSRConfig, not {type(config).__name__}.")
         for name, value in (("num_samples", num_samples), ("samples_per_epoch", samples_per_epoch)):
@@ -331,7 +334,9 @@ class FSRWrapper(Optimizer):
         """
         return [dict(entry) for entry in self._memory.history.epochs] if self._memory.ready else []
 
-    def label_issues(self, share: float | None = None, *, class_names: Sequence[str] | None = None) -> DataFrame:
+    def label_issues(
+        self, share: float | None = None, *, class_names: Sequence[str] | Mapping[int, str] | None = None
+    ) -> DataFrame:
         """Which labels look wrong, as a pandas DataFrame: a row for each sample, by its index.
 
         It costs no training and no pass over the data: it is read from what `loss` has left. It is the same in all
@@ -342,8 +347,8 @@ class FSRWrapper(Optimizer):
         - `share`: of all samples, those of the lowest quality are issues. If it is not given, about as many as there
             are wrong labels, by the run's own estimate, which there is from the third epoch on: before, there are none,
             and a warning says so.
-        - `class_names`: of the C classes. If they are not given, those of the data set that the wrapper was given: of
-            a Hugging Face `ClassLabel`, or torchvision's `classes`.
+        - `class_names`: of the C classes, by their numbers. If they are not given, those of the data set that the
+            wrapper was given: of a Hugging Face `ClassLabel`, or torchvision's `classes`.
 
         **Returns:** the columns, the first four as in cleanlab:
 
@@ -398,8 +403,8 @@ class FSRWrapper(Optimizer):
         wrapper that starts afresh, that is as good as new ones. Nothing is copied, and the data set stays as it was.
 
         **Raises:** `TypeError` for a stream or no data set; `ValueError` if it is another data set than was trained
-        on, or in another order, as its labels tell (of a torch data set 64 samples are read for it), or if the table is
-        of another run; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
+        on, or in another order, as its labels tell (of a torch data set 128 samples are read for it), or if the table
+        is of another run; `RuntimeError` as in `label_issues`, and for `relabel` where predictions are not kept.
         """
         return cleaning.clean(self._memory, dataset, drop=drop, relabel=relabel, table=issues, column=self._column)
 
@@ -407,7 +412,7 @@ class FSRWrapper(Optimizer):
         self,
         folder: str | os.PathLike[str],
         dataset: Any = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
         *,
         to_image: Callable[[Any], Any] | None = None,
     ) -> Path:
@@ -495,8 +500,8 @@ class FSRWrapper(Optimizer):
         return state_dict, Memory.from_state_dict(state, *fitting)
 
     def _take(self, state_dict: dict[str, Any], memory: Memory) -> None:
-        self.optimizer.load_state_dict(self._sharded(state_dict))
         self._compare_names(memory.class_names)
+        self.optimizer.load_state_dict(self._sharded(state_dict))
         memory.class_names = self._memory.class_names or memory.class_names
         self._reweighting.take_over(memory)
         self._alike = False
@@ -504,7 +509,7 @@ class FSRWrapper(Optimizer):
     def _compare_names(self, others: list[str] | None) -> None:
         """Warns where the classes of what is loaded have other names."""
         own = self._memory.class_names
-        if own is not None and others is not None and own != others:
+        if own is not None and others is not None and own != others and distributed.rank() == 0:
             warn(
                 f"What is loaded was trained on classes of other names, {first_difference(others, own)} first. Where "
                 "the classes are in another order, its scores and predictions are of other classes: load it with the "

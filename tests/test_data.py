@@ -1,6 +1,7 @@
 import copy
 import pickle
 from collections import namedtuple
+from typing import Protocol, runtime_checkable
 
 import datasets
 import pytest
@@ -176,6 +177,15 @@ class Resumable(Stream):
         self.at = state["at"]
 
 
+@runtime_checkable
+class Resumes(Protocol):
+    """What stateful loaders ask for; from Python 3.12 on in the class alone."""
+
+    def state_dict(self): ...
+
+    def load_state_dict(self, state): ...
+
+
 @pytest.mark.parametrize("came", [0, 3, N])
 def test_a_stream_that_goes_on_keeps_its_numbers(came):
     stream = with_index(Resumable())
@@ -185,10 +195,11 @@ def test_a_stream_that_goes_on_keeps_its_numbers(came):
     if came == N:
         assert next(samples, None) is None
     other = with_index(Resumable())
+    assert isinstance(other, Resumes)
+    assert not isinstance(with_index(Stream()), Resumes)
     other.load_state_dict(stream.state_dict())
     for first in (came % N, 0):
         assert [(x.item(), i) for x, _, i in other] == [(10 * i, i) for i in range(first, N)]
-    assert not hasattr(with_index(Stream()), "state_dict")
 
 
 def test_samples_that_are_none_stay_none():

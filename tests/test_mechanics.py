@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import linecache
 import pickle
 import random
 from collections.abc import Callable
@@ -385,16 +386,16 @@ def test_a_head_that_can_be_differentiated_once_only_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "match"),
+    ("case", "match", "line"),
     [
-        ("collisions", "came with another label"),
-        ("no loss", "without loss"),
-        ("too early", "cannot tell yet"),
-        ("cleaned", "cannot tell yet"),
-        ("made", "dictionary_size"),
+        ("collisions", "came with another label", "fsr.loss("),
+        ("no loss", "without loss", "fsr.step()"),
+        ("too early", "cannot tell yet", "provoke()"),
+        ("cleaned", "cannot tell yet", "fsr.cleaned("),
+        ("made", "dictionary_size", "FSRWrapper(model, "),
     ],
 )
-def test_warnings_point_at_the_users_line(case: str, match: str) -> None:
+def test_warnings_point_at_the_users_line(case: str, match: str, line: str) -> None:
     """However deep in the library they come from, and whoever else's code is between."""
     model, data = Net(), TensorDataset(X, Y)
     fsr = FSRWrapper(model, torch.optim.SGD(model.parameters(), 0.1), num_samples=N)
@@ -421,7 +422,9 @@ def test_warnings_point_at_the_users_line(case: str, match: str) -> None:
     }[case]
     with pytest.warns(UserWarning, match=match) as told:
         provoke()
-    assert {one.filename for one in told} == {__file__}
+    for one in told:
+        assert one.filename == __file__
+        assert line in linecache.getline(one.filename, one.lineno)
 
 
 def test_a_head_that_cannot_be_differentiated_is_refused_at_once() -> None:

@@ -557,14 +557,18 @@ def test_a_run_that_knew_how_many_samples_there_are_goes_on_with_one_that_does_n
     assert_frame_equal(other.label_issues(), fsr.label_issues())
 
 
-def test_metrics_of_steps_that_one_process_made_are_the_same_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [(1, 2), (2, 2), (2, 1)])
+def test_metrics_do_not_depend_on_the_number_of_processes(
+    processes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, fsr = make()
     x, y, _ = digits()
     step(model, fsr, x[:50], y[:50], torch.arange(50))
+    monkeypatch.setattr("fsr_wrap.memory.world_size", lambda: processes[0])
     state, told = copy.deepcopy(fsr.state_dict()), fsr.metrics()
     assert state["fsr"]["sizes"]
     other = make()[1]
-    monkeypatch.setattr("fsr_wrap.memory.world_size", lambda: 2)
+    monkeypatch.setattr("fsr_wrap.memory.world_size", lambda: processes[1])
     other.load_state_dict(state)
     assert other.metrics() == pytest.approx(told)
 

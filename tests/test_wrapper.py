@@ -670,7 +670,7 @@ def test_wrong_construction_changes_nothing() -> None:
     for error, message, options in cases:
         with pytest.raises(error, match=message):
             FSRWrapper(model, inner, **options)
-    with pytest.raises(TypeError, match=r"already: use it as it is, or wrap optimizer\.optimizer anew"):
+    with pytest.raises(TypeError, match=r"already: use it as it is, or wrap its \.optimizer anew"):
         FSRWrapper(model, FSRWrapper(model, torch.optim.SGD(model.parameters(), lr=0.1), num_samples=N), num_samples=N)
     with pytest.raises(TypeError, match=r"must be a torch\.optim"):
         FSRWrapper(model, "adam")  # type: ignore[arg-type]
