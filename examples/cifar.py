@@ -225,6 +225,7 @@ def make_peer(args: argparse.Namespace, data: Data, model: nn.Module, device: to
         recipe=recipe,
         clean=(standardise(data.aside_images.to(device)), data.aside_labels.to(device)) if args.clean_images else None,
         noise_rate=(data.given != data.clean).float().mean().item(),
+        noise=args.noise.partition(":")[0],
         seed=args.seed,
     )
     return make_method(args.method, task)

@@ -174,6 +174,40 @@ def test_forward_correction() -> None:
     assert_close(loss_of(method)[0], mean(-math.log(mixed[i, y]) for i, y in enumerate(Y.tolist())))
 
 
+@pytest.mark.parametrize(("rarest", "percentile"), [(4, 0.97), (1, None)])
+def test_no_class_is_an_outlier_as_a_whole(
+    rarest: int, percentile: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.tensor([0] * 40 + [1] * (20 - rarest) + [2] * rarest)
+    method = make("f-correction", make_task(labels=labels))
+    asked: list[float | None] = []
+
+    def note(p: Tensor, percentile: float | None) -> Tensor:
+        asked.append(percentile)
+        return torch.eye(C)
+
+    monkeypatch.setattr("methods.forward_correction.estimate", note)
+    method.prepare()
+    assert asked == [percentile]
+
+
+@pytest.mark.parametrize(
+    ("noise", "alpha", "rates"),
+    [
+        (None, 1.0, (10.0, 10.0)),
+        ("none", 1.0, (10.0, 10.0)),
+        ("column", 8.0, (10.0, 10.0)),
+        ("asymmetric", 8.0, (1, 100)),
+    ],
+)
+def test_settings_published_for_a_kind_of_noise(noise: str | None, alpha: float, rates: tuple[float, float]) -> None:
+    task = make_task(noise=noise)
+    assert make("mixup", task).alpha == alpha
+    assert make("remix", task).alpha == 1.0
+    sop = make("sop", task, scale=False)
+    assert (sop.lr_u, sop.lr_v) == rates
+
+
 def test_the_noise_matrix_is_of_the_surest_sample_below_the_97th_percentile() -> None:
     p = torch.rand(100, C).softmax(1)
     for percentile in (None, 0.97):
@@ -385,7 +419,7 @@ def test_mentornet() -> None:
     method = make("mentornet-pd", make_task(epochs=100))
     assert method.percentile == 0.75
     assert make("mentornet-pd", make_task(noise_rate=0.72)).percentile == 0.5
-    method.start_epoch(50)
+    method.step = 300  # of 600
     own = [-math.log(p) for p in P_Y]
     torch.manual_seed(3)
     left = torch.randperm(4)[:3].tolist()  # 5 % of 4 leaves int(3.8)

@@ -9,7 +9,8 @@
 Each run writes a JSON file of its own into `--out`; runs that are there already are not run again, and two processes
 with the same command share the work. The cases are in `cases.py`, the methods in `examples/methods`. Everybody has the
 same images, network, initial weights, schedule and number of steps; methods that need the noise rate are told the true
-share of wrong labels, those that need clean images get 1,000 from outside the training set.
+share of wrong labels, those that need clean images get 1,000 from outside the training set. MixUp and SOP have other
+published settings for wrong labels and for asymmetric noise, and take them there.
 
 Cost is in cross-entropy steps. Every tenth step a second network takes a plain step on the same batch in the same
 process: `step` is the ratio of the medians, `cost` the whole training time, with all that a method does before and
@@ -66,6 +67,7 @@ def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
         recipe=partial(make_recipe, case),
         clean=(plain(data.clean_images), data.clean_labels),
         noise_rate=data.wrong,
+        noise=case.noise.partition(":")[0],
         seed=seed,
     )
 

@@ -31,6 +31,7 @@ class Task:
     - `recipe`: parameters and a number of steps to an optimizer and its schedule, which is stepped after every step.
     - `clean`: inputs and right labels from outside the training set, for methods that need them.
     - `noise_rate`: the share of wrong labels, for methods that must be told.
+    - `noise`: their kind, none, uniform, asymmetric or column (of people), for methods with settings published for it.
     - `seed`: for a generator of one's own; all else draws from the global stream.
     """
 
@@ -45,6 +46,7 @@ class Task:
     recipe: Recipe
     clean: tuple[Tensor, Tensor] | None = None
     noise_rate: float | None = None
+    noise: str | None = None
     seed: int = 0
 
     @property

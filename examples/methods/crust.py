@@ -5,7 +5,8 @@ among the gradients of the samples' losses by the head's input, g_i = (p_i − y
 
     S = the samples of largest Σ_j s_ij,  s_ij = max distance − ‖g_i − g_j‖.
 
-Training then sees S alone, each input mixed with one of its class in S, x̃ = λ x + (1 − λ) x', λ ~ Beta(1, 0.1).
+Training then sees S alone, each input mixed with one of its class in S, x̃ = λ x + (1 − λ) x', λ ~ Beta(1, 0.1). (The
+released code draws that one from all samples of the label.)
 
 The paper means greedy facility location: one more sample j again and again, argmax_j Σ_i max_{k ∈ S ∪ j} s_ik. The
 released lazy greedy ranks by the value of the whole set where the gain is meant, and a set's value only grows, so that

@@ -4,8 +4,8 @@
 
 T comes from a first network, trained by cross-entropy on the given labels for as long; 10 % of the samples are held out
 and the epoch of the lowest loss on them is taken, as in the released code. Row i of T is what that network says of the
-sample that it finds most like class i: above the 97th percentile samples are passed over as outliers, except for more
-than 10 classes (the released code's choice for CIFAR-100).
+sample that it finds most like class i: above the 97th percentile samples are passed over as outliers, if each class has
+more samples than that (the released code does so but for CIFAR-100, whose classes have a hundredth of them).
 Source: the paper and giorgiop/loss-correction (no licence; read for facts). Cost: 2, the first network's.
 State: T, C×C.
 """
@@ -51,7 +51,8 @@ class ForwardCorrection(Method):
                 return -F.cross_entropy(model(task.inputs(held_out)), task.labels[held_out]).item()
 
         logits, _ = record_all(task, fit(task, rest, task.epochs, score))
-        self.matrix.copy_(estimate(logits.softmax(1), 0.97 if task.num_classes <= 10 else None))
+        smallest = task.class_counts().min().item() / task.num_samples
+        self.matrix.copy_(estimate(logits.softmax(1), 0.97 if smallest > 1 - 0.97 else None))
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         p = model(x).float().softmax(1) @ self.matrix

@@ -4,10 +4,11 @@
 
 Truncated: w_i (GCE − (1 − k^q)/q), k = 0.5. From epoch 40 of 120 on, every 10 epochs, the network looks at all samples
 and w_i becomes 1[p_y > k]: samples that it does not believe leave the loss. Both counts are scaled to the run's length.
-The published code asks the network of the best validation epoch; here it is the present one, as nothing is held out.
+The paper asks the network of the best validation epoch, and the code named below that of the best test epoch; here it
+is the present one, as nothing is held out.
 
-Source: the paper and AlanChou/Truncated-Loss (no licence; read for facts). Cost: 1; truncated, a forward pass over the
-data every 10 epochs besides. State: w, N.
+Source: the paper and AlanChou/Truncated-Loss (by others; no licence; read for facts). Cost: 1; truncated, a forward
+pass over the data every 10 epochs besides. State: w, N.
 """
 
 from __future__ import annotations

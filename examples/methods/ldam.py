@@ -4,6 +4,7 @@
     z = cosines of feature and class vector: the head is replaced by a normalised one, without bias
     class-balanced weights (β = 0.9999, over their sum in the batch) from 160 of 200 epochs on, scaled to the run.
 
+The released class vectors have length 1 at first; these are longer, which made no difference on Fashion-MNIST's tails.
 Source: the paper and kaidic/LDAM-DRW (MIT; read for facts). Cost: 1. State: the epoch.
 """
 

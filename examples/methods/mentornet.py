@@ -8,7 +8,7 @@
 p = 0.75, and 0.5 at 80 % noise, as in the released commands: the rate must be told. The released weights are a small
 recurrent network trained to imitate this very rule; here it is the rule itself. (The code also scales the weight decay
 by the mean of v.) Epochs are percentages of the run, as published.
-Source: the paper and google/mentornet (Apache 2.0; read for facts). Cost: 1. State: a and the progress.
+Source: the paper and google/mentornet (Apache 2.0; read for facts). Cost: 1. State: a and the steps.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def curriculum(losses: Tensor, average: Tensor, percent: float) -> Tensor:
 class MentorNetPD(Method):
     title = "MentorNet PD"
     needs_rate = True
-    state = ("average", "percent")
+    state = ("average", "step")
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.percentile = 0.75 if task.noise_rate < 0.6 else 0.5
         self.average = torch.zeros((), device=task.labels.device)
-        self.percent = 0.0
-
-    def start_epoch(self, epoch: int) -> None:
-        self.percent = 100 * epoch / self.task.epochs
+        self.step = 0
+        self.steps = task.epochs * max(1, task.num_samples // task.batch_size)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         losses = F.cross_entropy(model(x), y, reduction="none")
+        percent = 100 * self.step // self.steps
+        self.step += 1
         with torch.no_grad():
             self.average.lerp_(losses.float().quantile(self.percentile), 0.5)
-            weights = curriculum(losses, self.average, self.percent)
-            rate = 0.5 if self.percent < 17 else 0.05
+            weights = curriculum(losses, self.average, percent)
+            rate = 0.5 if percent < 17 else 0.05
             weights[torch.randperm(len(y), device=y.device)[int(len(y) * (1 - rate)) :]] = 0
         return (weights * losses).mean()
