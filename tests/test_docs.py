@@ -139,15 +139,16 @@ def test_where_no_harm_is_claimed_both_methods_ran_in_pairs(name: str) -> None:
     assert {run["method"] for run in runs} == {"ce", "fsr"}
 
 
-def test_the_table_of_found_labels_is_that_of_the_committed_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "flags"), [("find_labels", []), ("find_labels_splits", ["--splits", "1", "2"])])
+def test_the_tables_of_found_labels_are_those_of_the_committed_runs(
+    name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import find_labels
 
-    packed = ROOT / "docs" / "results" / "find_labels.json"
-    monkeypatch.setattr("sys.argv", ["find_labels.py", "--out", str(packed), "--table"])
+    results = ROOT / "docs" / "results"
+    monkeypatch.setattr("sys.argv", ["find_labels.py", "--out", str(results / "find_labels.json"), "--table", *flags])
     find_labels.main()
-    assert capsys.readouterr().out == packed.with_suffix(".md").read_text()
+    assert capsys.readouterr().out == (results / f"{name}.md").read_text()
 
 
 def test_the_readme_says_what_was_measured() -> None:
