@@ -42,6 +42,7 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
     names: list[str]
+    places: list[str]  # of the training images: their files, or their rows in the Parquet file
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -55,12 +56,12 @@ def make_digits(noise: float, seed: int) -> Data:
     other = (right + torch.randint(1, 10, right.shape, generator=generator)) % 10
     given = torch.where(torch.rand(right.shape, generator=generator) < noise, other, right)
     names = [str(number) for number in range(10)]
-    return split(images, given, right, right, names, generator)
+    return split(images, given, right, right, names, [str(row) for row in range(len(right))], generator)
 
 
 def read_data(args: argparse.Namespace) -> Data:
     """A Parquet file or a folder of images, `--limit` of them, 32×32."""
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
 
     if args.data.is_dir():
         dataset = load_dataset("imagefolder", data_dir=str(args.data), split="train")
@@ -71,24 +72,35 @@ def read_data(args: argparse.Namespace) -> Data:
     for name in (args.image, args.label, args.answers):
         if name is not None and name not in dataset.column_names:
             raise SystemExit(f"{args.data} has no column {name!r}; its columns are {', '.join(dataset.column_names)}.")
-    dataset = dataset.shuffle(seed=args.seed).select(range(min(args.limit, len(dataset))))
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(dataset), generator=generator)[: args.limit].tolist()
+    print(f"{len(rows)} of {len(dataset)} images are read (--limit {args.limit}), a fifth of them for the test")
+    dataset = dataset.select(rows)
+    places = [str(row) for row in rows]
+    if args.data.is_dir():
+        places = [one["path"] for one in dataset.cast_column(args.image, Image(decode=False))[args.image]]
     arrays = [np.asarray(image.convert("RGB").resize((SIDE, SIDE))) for image in dataset[args.image]]
     images = torch.tensor(np.stack(arrays), dtype=torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
     given = torch.tensor(dataset[args.label][:])
     right = None if args.answers is None else torch.tensor(dataset[args.answers][:])
     feature = dataset.features[args.answers or args.label]
     names = getattr(feature, "names", None) or [str(number) for number in range(int(given.max()) + 1)]
-    generator = torch.Generator().manual_seed(args.seed)
-    return split(images, given, right, given if right is None else right, names, generator)
+    return split(images, given, right, given if right is None else right, names, places, generator)
 
 
 def split(
-    images: Tensor, given: Tensor, right: Tensor | None, answers: Tensor, names: list[str], generator: torch.Generator
+    images: Tensor,
+    given: Tensor,
+    right: Tensor | None,
+    answers: Tensor,
+    names: list[str],
+    places: list[str],
+    generator: torch.Generator,
 ) -> Data:
     """A fifth for the test."""
     train, test = torch.randperm(len(images), generator=generator).tensor_split([-(len(images) // 5)])
     right = None if right is None else right[train]
-    return Data(images[train], given[train], right, images[test], answers[test], names)
+    return Data(images[train], given[train], right, images[test], answers[test], names, [places[i] for i in train])
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -134,7 +146,9 @@ def summary(issues: Any, data: Data) -> Iterator[str]:
     wrong = data.given != data.right
     both = int((found & wrong).sum())
     yield f"{int(wrong.sum())} are wrong: {both} of them were found, and {int(found.sum()) - both} right ones flagged"
-    suggested = torch.tensor(issues["predicted_label"].to_numpy(dtype=np.int64))
+    suggested = torch.tensor(
+        issues["predicted_label"].to_numpy(dtype=np.int64, na_value=-1)
+    )  # of flagged ones never −1
     mended = torch.where(found, suggested, data.given)
     yield f"with the suggested labels in their place {int((mended != data.right).sum())} are wrong"
 
@@ -157,8 +171,9 @@ def main() -> None:
     train_set = with_index(TensorDataset(data.images, data.given))
     with_fsr, fsr = train(train_set, data, args.seed, args.epochs, fsr=True)
     issues = fsr.label_issues(class_names=data.names)
+    issues.insert(0, "place", data.places)
     print(*summary(issues, data), sep="\n")
-    columns = ["label_quality", "given_name", "predicted_name"]
+    columns = ["place", "label_quality", "given_name", "predicted_name"]
     print(f"\nthe worst:\n{issues.sort_values('label_quality')[columns].head(8).to_string()}\n")
     if args.csv:
         issues.to_csv(args.csv)

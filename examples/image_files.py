@@ -117,8 +117,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.root / self.files[index]
         check_image(path)
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise OSError(f"{path} cannot be read as an image ({error}): replace it, or leave it out.") from error
         outside = torch.get_rng_state()
         torch.default_generator.manual_seed(hash((self.seed, self.epoch, int(index))) % 2**63)
         try:
@@ -335,12 +338,16 @@ def fit(run: Run) -> dict[str, Any]:
 
 def beside(args: argparse.Namespace, summary: dict[str, Any]) -> str:
     """The summary of the other method's run beside this one's, or how to get it."""
-    folder, other = args.output_dir, {"fsr": "ce", "ce": "fsr"}[args.method]
+    folder, other = args.output_dir.resolve(), {"fsr": "ce", "ce": "fsr"}[args.method]
     sibling = folder.with_name(f"{folder.name}-ce" if other == "ce" else folder.name.removesuffix("-ce"))
     path = sibling / "summary.json"
     if sibling == folder or not path.is_file():
         return f"For the figures of --method {other} beside these, run the same with it and --output-dir {sibling}."
     theirs = json.loads(path.read_text(encoding="utf-8"))
+    differing = [key for key, value in summary.items() if isinstance(value, int | str) and theirs.get(key) != value]
+    differing = [key for key in differing if key != "method"]
+    if differing:
+        return f"{path} is of another run, with another {', '.join(differing)}: nothing to compare these figures with."
     lines = [f"{'':>16}  {args.method:>8}  {other:>8}"]
     for key, value in summary.items():
         if isinstance(value, float) and isinstance(theirs.get(key), float):
@@ -364,7 +371,7 @@ def launch(name: str, args: argparse.Namespace, define: Callable[[argparse.Names
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     if accelerator.is_main_process and run.progress.total_steps == 0:
-        shutil.rmtree(accelerator.logging_dir, ignore_errors=True)
+        shutil.rmtree(Path(accelerator.logging_dir, name), ignore_errors=True)
     accelerator.init_trackers(name, config={key: str(value) for key, value in vars(args).items()})
     summary = fit(run)
     if accelerator.is_main_process:

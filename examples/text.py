@@ -100,7 +100,7 @@ def read(args: argparse.Namespace) -> tuple[Split, Split]:
     """Training and test split."""
     if not args.data:
         return docstrings()
-    splits = load_dataset(args.data)
+    splits = load_dataset(args.data).shuffle(seed=args.seed)  # many are sorted by class, and --limit takes the first
     columns = args.text_column, args.label_column
     train, test = ([splits[name][column] for column in columns] for name in ("train", "test"))
     return (list(train[0]), np.array(train[1])), (list(test[0]), np.array(test[1]))

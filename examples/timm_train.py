@@ -10,6 +10,7 @@ the names of the flags. `--fsr` is in four places, marked FSR.
 from __future__ import annotations
 
 import argparse
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from image_files import write_digit
 from timm.data import Mixup, create_dataset, resolve_data_config
-from timm.models import create_model, resume_checkpoint
+from timm.models import create_model, load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import (
@@ -110,7 +111,10 @@ def main(args: argparse.Namespace) -> float:
     if not args.data_dir:
         args.data_dir = args.output / "digits"
         if is_primary(args) and not args.data_dir.exists():
-            write_digits(args.data_dir)
+            partial = args.output / "partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write_digits(partial)
+            partial.rename(args.data_dir)  # whole or not at all
 
     model = create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes).to(device)
     look = resolve_data_config({"img_size": args.img_size}, model=model)
@@ -119,9 +123,14 @@ def main(args: argparse.Namespace) -> float:
     common |= {"distributed": args.distributed, "device": device}
     train_set = create_dataset(args.dataset, root=args.data_dir, split=args.train_split, is_training=True)
     val_set = create_dataset(args.dataset, root=args.data_dir, split=args.val_split)
+    for split, dataset in ((args.train_split, train_set), (args.val_split, val_set)):
+        if not args.dataset and Path(dataset.reader.root) == Path(args.data_dir):  # timm then takes all there is
+            raise SystemExit(f"{args.data_dir} has no folder {split!r}: see --train-split and --val-split.")
     augment = {"no_aug": args.no_aug, "auto_augment": args.aa, "re_prob": args.reprob}
     loader = create_loader(train_set, look["input_size"], args.batch_size, is_training=True, **common, **augment)  # FSR
     val_loader = create_loader(val_set, look["input_size"], args.batch_size, **common)
+    if not len(loader):
+        raise SystemExit(f"{len(train_set)} training images are less than one batch: lower --batch-size.")
     mix = None
     if args.mixup or args.cutmix:
         mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
@@ -137,10 +146,16 @@ def main(args: argparse.Namespace) -> float:
     )
     schedule.step(start)
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    if ema and args.resume:
+        load_checkpoint(ema.module, args.resume, use_ema=True)
     saver = None
     if is_primary(args):
         args.output.mkdir(parents=True, exist_ok=True)
         saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(args.output), max_history=2)
+        best = args.output / "model_best.pth.tar"
+        if args.resume and best.is_file():
+            saved = torch.load(best, map_location="cpu", weights_only=False)
+            saver.best_metric, saver.best_epoch = saved["metric"], saved["epoch"]
     network = nn.parallel.DistributedDataParallel(model) if args.distributed else model
 
     top1 = 0.0

@@ -240,6 +240,8 @@ def make_data(case: Case, folder: Path | None, split: int, seed: int) -> Data:
         train, test_images, test_labels = read_cifar(folder)
         labels = torch.tensor(train["label"][:])
     order = np.random.default_rng(split).permutation(len(labels))
+    if len(order) < case.limit + CLEAN:
+        raise SystemExit(f"{case.title} takes {case.limit + CLEAN:,} images of {folder}, which has {len(order):,}.")
     chosen, clean = order[: case.limit], order[case.limit : case.limit + CLEAN]
     if case.imbalance > 1:
         classes = [chosen[labels[chosen].numpy() == c] for c in range(10)]

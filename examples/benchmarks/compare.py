@@ -43,6 +43,7 @@ from methods import METHODS, Method, Task, make_method
 from methods.fsr import FSR
 from torch import Tensor, nn
 
+BUILT_IN = frozenset(METHODS)
 TIMED_EVERY = 10
 MANY_SHOT, FEW_SHOT = 500, 100
 
@@ -201,10 +202,17 @@ def run_all(args: argparse.Namespace) -> None:
         for name in args.methods:
             path = args.out / f"{key}_{name}_split{split}_seed{seed}_epochs{epochs}.json"
             with claim(path) as mine:
+                fields = args.fields.get(name)
+                if path.exists() and json.loads(path.read_text()).get("fields") != fields:
+                    raise SystemExit(
+                        f"{path} is of other fields than --variant {name} {json.dumps(fields)}: move it away."
+                    )
                 if not mine:
                     continue
                 result = train(name, case, make_data(case, folder, split, seed), seed, epochs)
                 setting = {"case": key, "method": name, "split": split, "seed": seed, "epochs": epochs}
+                if fields is not None:
+                    setting["fields"] = fields
                 write(path, {**setting, "title": METHODS[name].title, **result})
                 print(f"{path.stem}: last {result['last']:.4f}, cost {result['cost']:.2f}", flush=True)
         make_data.cache_clear()
@@ -382,13 +390,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--splits", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="default: the case's own")
-    parser.add_argument("--table", nargs="?", const="last", help="print a table of last, best, many, medium or few")
+    tables = ("last", "best", "many", "medium", "few")
+    parser.add_argument("--table", nargs="?", const="last", choices=tables, help="print a table")
     parser.add_argument("--gains", action="store_true", help="print what FSR gains on cross-entropy, pair by pair")
     parser.add_argument("--plot", type=Path, help="draw accuracy against cost")
     parser.add_argument("--curves", type=Path, help="draw cross-entropy's and FSR's accuracy by epoch")
     parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args(arguments)
+    args.fields = {name: json.loads(fields) for name, fields in args.variant}
     for name, fields in args.variant:
+        if name in BUILT_IN:
+            parser.error(f"--variant {name}: that is a method's name, give another")
         METHODS[name] = type(name, (FSR,), {"title": name, "make_config": partial_config(json.loads(fields))})
     unknown = set(args.methods or []) - set(METHODS)
     if unknown:
