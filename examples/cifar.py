@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, Progress, add_flags, get_settings
-from common import long_tail_counts, shot_accuracy
+from common import long_tail_counts, positive, share, shot_accuracy
 from methods import METHODS, Method, Task, make_method
 from networks import make_network
 from torch import Tensor, nn
@@ -369,9 +369,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test")
     parser.add_argument("--noise", default="none", help="none, uniform:RATE, asymmetric:RATE or column:NAME")
     parser.add_argument("--imbalance", type=float, default=1.0, help="largest class over smallest")
-    parser.add_argument("--limit", type=int, help="use this many training images, drawn by --seed")
-    parser.add_argument("--test-limit", type=int)
-    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--limit", type=positive, help="use this many training images, drawn by --seed")
+    parser.add_argument("--test-limit", type=positive)
+    parser.add_argument("--image-size", type=positive, default=32)
     parser.add_argument("--augment", choices=["none", "flip", "crop"], default="crop")
     parser.add_argument("--model", default="wrn28_10", help="resnet20, resnet32, wrn28_10 or any timm model")
     parser.add_argument("--method", choices=["fsr", "ce", *PEERS], default="fsr", help="see examples/methods")
@@ -380,9 +380,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="the paper's re-weighting: Table 4's preset for the task")
     parser.add_argument("--mixup", action="store_true", help="--paper with MixUp and the authors' margin, as they did")
     parser.add_argument("--deferred", action="store_true", help="--paper, from the first decay on (FSR-DF)")
-    parser.add_argument("--epochs", type=int, help="default: 127 with wrong labels, 200 for long tails alone")
+    parser.add_argument("--epochs", type=positive, help="default: 127 with wrong labels, 200 for long tails alone")
     parser.add_argument("--schedule", choices=["restarts", "steps", "cosine"])
-    parser.add_argument("--batch-size", type=int, help="a process; default: 100, or 128 for long tails")
+    parser.add_argument("--batch-size", type=positive, help="a process; default: 100, or 128 for long tails")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, help="default: 5e-4, or 2e-4 for long tails alone")
     parser.add_argument("--nesterov", action="store_true")
@@ -398,6 +398,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     kind, _, value = args.noise.partition(":")
     if kind not in ("none", "uniform", "asymmetric", "column") or (kind != "none" and not value):
         parser.error(f"--noise {args.noise}: give none, uniform:RATE, asymmetric:RATE or column:NAME")
+    try:
+        if kind in ("uniform", "asymmetric"):
+            share(value)
+    except (ValueError, argparse.ArgumentTypeError):
+        parser.error(f"--noise {args.noise}: the rate is a share from 0 to 1")
+    if args.imbalance < 1:
+        parser.error(f"--imbalance {args.imbalance}: it is the largest class over the smallest, 1 or more")
     if args.output_dir is None and (args.resume or args.checkpoint_steps):
         parser.error("--resume and --checkpoint-steps need --output-dir, where the checkpoints are")
     needed = 1000 if METHODS[args.method].needs_clean else 0

@@ -17,6 +17,14 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1, for `argparse`."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share from 0 to 1")
+    return value
+
+
 def long_tail_counts(n_max: int, num_classes: int, ratio: float) -> list[int]:
     """Samples of each class under an exponential long tail: n_i = int(n_max · μ^(i/(C−1))), μ = 1/ratio."""
     if num_classes < 2 or ratio < 1:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import positive
+from common import positive, share
 from networks import make_network
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def summary(issues: Any, data: Data) -> Iterator[str]:
 def main() -> None:
     """Trains, prints what was found, mends, and trains again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, default=0.2, help="the share of the digits' labels to make wrong")
+    parser.add_argument("--noise", type=share, default=0.2, help="the share of the digits' labels to make wrong")
     parser.add_argument("--data", type=Path, help="a Parquet file, or a folder with a folder of images for each class")
     parser.add_argument("--image", default="image", help="column of the images (%(default)s)")
     parser.add_argument("--label", default="label", help="column of the given labels (%(default)s)")
@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, help="where to write the whole list")
     args = parser.parse_args()
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
     data = read_data(args) if args.data else make_digits(args.noise, args.seed)
 
     train_set = with_index(TensorDataset(data.images, data.given))

@@ -78,7 +78,10 @@ def read_json(data_dir: Path, name: str) -> dict[str, Any]:
     path = data_dir / f"{name}2018.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {SOURCE}")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from None
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it is not an annotated iNaturalist file. {SOURCE}")
@@ -89,6 +92,8 @@ def read_split(data_dir: Path, name: str, classes: dict[int, int]) -> Split:
     """The files of a split, relative to `data_dir`, and their classes; `classes` maps category ids to 0 … C−1."""
     content = read_json(data_dir, name)
     category = {annotation["image_id"]: annotation["category_id"] for annotation in content["annotations"]}
+    if len(category) < len(content["annotations"]):
+        raise ValueError(f"{data_dir / name}2018.json has several annotations for an image. {SOURCE}")
     files = [image["file_name"] for image in content["images"]]
     labels = [classes.get(category.get(image["id"]), -1) for image in content["images"]]
     if not files or -1 in labels:

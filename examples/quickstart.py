@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.4, help="the share of wrong labels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 <= args.noise <= 1:
+        parser.error(f"--noise {args.noise}: give a share from 0 to 1")
     torch.set_num_threads(1)  # the network is too small for more
     images, given, right, test, answers = make_data(args.noise, args.seed)
     wrong = (given != right).float().mean()

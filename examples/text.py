@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import positive
+from common import positive, share
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-column", default="text", help="(%(default)s)")
     add("--label-column", default="label", help="(%(default)s)")
     add("--method", choices=("both", "ce", "fsr"), default="both", help="(%(default)s)")
-    add("--noise", type=float, default=0.4, help="the share of training labels that are made wrong (%(default)s)")
+    add("--noise", type=share, default=0.4, help="the share of training labels that are made wrong (%(default)s)")
     add("--epochs", type=positive, default=16, help="(%(default)s)")
     add("--batch-size", type=positive, default=50, help="per device (%(default)s)")
     add("--lr", type=float, default=1e-3, help="(%(default)s)")
@@ -101,6 +101,8 @@ def read(args: argparse.Namespace) -> tuple[Split, Split]:
     if not args.data:
         return docstrings()
     splits = load_dataset(args.data).shuffle(seed=args.seed)  # many are sorted by class, and --limit takes the first
+    if {"train", "test"} - set(splits):
+        raise SystemExit(f"{args.data} has the splits {', '.join(splits)}: train and test are needed.")
     columns = args.text_column, args.label_column
     train, test = ([splits[name][column] for column in columns] for name in ("train", "test"))
     return (list(train[0]), np.array(train[1])), (list(test[0]), np.array(test[1]))
@@ -176,7 +178,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     (texts, labels), (test_texts, test_labels) = (
         (texts[: args.limit], labels[: args.limit]) for texts, labels in read(args)
     )
-    classes = int(labels.max()) + 1
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise SystemExit(f"--label-column {args.label_column}: class numbers from 0 on are needed.")
+    classes = int(max(labels.max(), test_labels.max())) + 1
     given = spoil(labels, args.noise, classes, args.seed)
     print(f"{len(texts)} texts, {classes} classes, {(given != labels).mean():.0%} of the labels wrong", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else word_tokenizer(texts)

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=4)
     add("--seed", type=int, default=42)
     add("--output", type=Path, default=Path("runs/timm"))
-    add("--resume", help="a checkpoint of --output, last.pth.tar say")
+    add("--resume", help="path of a checkpoint, as --output has them")
     return parser
 
 

@@ -247,7 +247,8 @@ def read_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = [
         run
         for run in load(args.out)
-        if run["case"] in args.cases and run["seed"] in args.seeds and run["split"] in args.splits
+        if run["case"] in args.cases and run["run"] in args.methods
+        if run["seed"] in args.seeds and run["split"] in args.splits
     ]
     return sorted(found, key=lambda run: (list(CASES).index(run["case"]), run["run"], run["seed"], run["split"]))
 
@@ -311,6 +312,8 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args()
     args.cases = [key for key in CASES if any(key.startswith(name) for name in args.cases)]
+    if not args.cases:
+        parser.error(f"--cases: give names, or beginnings of names, of {', '.join(CASES)}")
     run_or_show(args, run_all, read_runs, table)
 
 
