@@ -376,6 +376,17 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
+def find_cases(parser: argparse.ArgumentParser, names: list[str]) -> list[str]:
+    """The cases of these names, or whose names begin so, in their order. Ends the program if a name is none."""
+    found: set[str] = set()
+    for name in names:
+        matching = {name} if name in CASES else {key for key in CASES if key.startswith(name)}
+        if not matching:
+            parser.error(f"--cases {name}: give names, or beginnings of names, of {', '.join(CASES)}")
+        found |= matching
+    return [key for key in CASES if key in found]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; `--cases` takes beginnings of names too, `--variant` adds FSR with other fields as a method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -398,20 +409,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args(arguments)
     args.fields = {name: json.loads(fields) for name, fields in args.variant}
-    for name, fields in args.variant:
+    for name, fields in args.fields.items():
         if name in BUILT_IN:
             parser.error(f"--variant {name}: that is a method's name, give another")
-        METHODS[name] = type(name, (FSR,), {"title": name, "make_config": partial_config(json.loads(fields))})
+        METHODS[name] = type(name, (FSR,), {"title": name, "make_config": partial_config(fields)})
     unknown = set(args.methods or []) - set(METHODS)
     if unknown:
         parser.error(f"--methods {' '.join(sorted(unknown))}: give some of {', '.join(METHODS)}")
-    found: set[str] = set()
-    for name in args.cases:
-        matching = {name} if name in CASES else {key for key in CASES if key.startswith(name)}
-        if not matching:
-            parser.error(f"--cases {name}: give names, or beginnings of names, of {', '.join(CASES)}")
-        found |= matching
-    args.cases = [key for key in CASES if key in found]
+    args.cases = find_cases(parser, args.cases)
     args.all_methods = args.methods is None
     args.methods = args.methods or list(METHODS)
     return args

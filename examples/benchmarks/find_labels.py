@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import BATCH_SIZE, CASES, Case, Data, get_transforms, make_case_network, make_data, make_recipe
-from compare import claim, load, run_or_show, write
+from compare import claim, find_cases, load, run_or_show, write
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -311,9 +311,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--pack", type=Path, help="write all runs that the flags name into one JSON file")
     args = parser.parse_args()
-    args.cases = [key for key in CASES if any(key.startswith(name) for name in args.cases)]
-    if not args.cases:
-        parser.error(f"--cases: give names, or beginnings of names, of {', '.join(CASES)}")
+    args.cases = find_cases(parser, args.cases)
     run_or_show(args, run_all, read_runs, table)
 
 
