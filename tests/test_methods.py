@@ -775,6 +775,31 @@ def test_cases_have_the_noise_and_the_tail_that_they_name(fashion: Path) -> None
     assert len(everything.unique(dim=0)) == 1600
 
 
+def test_images_side_by_side_are_of_many_classes(fashion: Path) -> None:
+    single = make_data(replace(CASES["fashion-clean"], limit=600), fashion, 0, 0)
+    case = replace(CASES["many100-asymmetric40"], limit=600)
+    data = make_data(case, fashion, 0, 0)
+    assert case.classes == 100
+    assert data.images.shape == (600, 2 * single.images.shape[1])
+    everything = torch.cat([data.images, data.clean_images])
+    labels = torch.cat([data.right, data.clean_labels])
+    sides = everything.view(1600, 2, -1)
+    # The images of the file are the brighter, the higher their class: each side shows its own digit of the label.
+    for side, digit in enumerate((labels // 10, labels % 10)):
+        brightness = torch.stack([sides[digit == k, side].mean() for k in range(10)])
+        assert (brightness.diff() > 0).all()
+        assert len(sides[:, side].unique(dim=0)) == 1600
+    wrong = data.given != data.right
+    assert data.wrong == pytest.approx(0.4, abs=0.07)
+    assert torch.equal(data.given // 10, data.right // 10)  # the last image's class is mistaken for another
+    assert torch.equal(data.given[wrong] % 10, torch.tensor(FASHION_CONFUSIONS)[data.right[wrong] % 10])
+    noisy = make_data(replace(CASES["many1000-uniform40"], limit=600), fashion, 0, 0)
+    assert noisy.wrong == pytest.approx(0.4, abs=0.06)
+    assert noisy.given.max() > 900
+    run = compare.train("fsr", replace(CASES["many1000-tail50"], limit=600), noisy, 0, 1)
+    assert run["samples"] == 600
+
+
 def test_a_network_to_fine_tune_starts_from_images_that_nothing_else_uses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """The cases of `compare.py`: which images, which wrong labels or long tail, which network and recipe.
 
-Fashion-MNIST: 20,000 images (`few300` and `few1000`: so many), the MLP and recipe of `noisy_fashion_mnist.py`. CIFAR-10
-and CIFAR-10N: 10,000 images (20,000 before a long tail is cut from them), b = 100, one-cycle, two networks:
+Fashion-MNIST: 20,000 images (`few300` and `few1000`: so many), the MLP and recipe of `noisy_fashion_mnist.py`.
+`many100` and `many1000`: two and three of them side by side, of so many classes; each image comes once in each place.
+CIFAR-10 and CIFAR-10N: 10,000 images (20,000 before a long tail is cut from them), b = 100, one-cycle, two networks:
 
 - `small`: a stem of 16 channels at stride 2 and residual blocks of 32 and 64, about 80,000 parameters, too few to learn
   wrong labels by heart; SGD 0.1, flips and shifts;
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
 from common import long_tail_counts
 from networks import make_network
-from noisy_fashion_mnist import make_model, read_images
+from noisy_fashion_mnist import make_model, read_images, side_by_side
 
 BATCH_SIZE, CLEAN = 100, 1000
 
@@ -49,7 +50,7 @@ class Case:
 
     **Arguments:** `noise` is none, uniform:RATE, asymmetric:RATE or column:NAME, as in `cifar.py`; `limit`, images
     before a long tail is cut from them; `augment`, as in `cifar.py`; `pretrained`, whether the network was trained on
-    other images before.
+    other images before; `sides`, images of Fashion-MNIST side by side, which make 10^sides classes.
     """
 
     title: str
@@ -62,6 +63,12 @@ class Case:
     lr: float = 0.05
     augment: str = "none"
     pretrained: bool = False
+    sides: int = 1
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return 10**self.sides
 
 
 PRETRAINING = Case("before fine-tuning", "cifar", network="test_resnet", epochs=8, augment="flip")
@@ -105,6 +112,10 @@ def make_cases() -> dict[str, Case]:
         for key in ("clean", "uniform20", "uniform40"):
             title = f"Fashion-MNIST, {few:,} images, {kinds[key][0]}"
             cases[f"few{few}-{key}"] = Case(title, "fashion", kinds[key][1], limit=few)
+    for sides in (2, 3):
+        for key, (title, noise, imbalance) in kinds.items():
+            title = f"{10**sides:,} classes, {title}"
+            cases[f"many{10**sides}-{key}"] = Case(title, "fashion", noise, imbalance, sides=sides)
     networks: dict[str, dict[str, Any]] = {
         "small": {"network": "small", "lr": 0.1, "augment": "crop"},
         "resnet": {"network": "test_resnet", "lr": 0.05, "augment": "flip"},
@@ -154,10 +165,11 @@ class SmallConvNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def make_case_network(case: Case, classes: int = 10, start: dict[str, Tensor] | None = None) -> nn.Module:
+def make_case_network(case: Case, classes: int | None = None, start: dict[str, Tensor] | None = None) -> nn.Module:
     """A fresh network, from the global random stream; all but its head from `start`, if given."""
+    classes = classes or case.classes
     if case.network == "mlp":
-        return make_model(classes=classes)
+        return make_model(784 * case.sides, classes)
     network = SmallConvNet(classes) if case.network == "small" else make_network(case.network, classes)
     if start is not None:
         network.load_state_dict(network.state_dict() | start)
@@ -199,11 +211,14 @@ def get_transforms(case: Case) -> tuple[Callable[[Tensor], Tensor], Callable[[Te
 
 
 @cache
-def read_fashion(folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (n, 784) in [0, 1] and labels, training and test."""
+def read_fashion(folder: Path | None, sides: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (n, 784 · sides) in [0, 1] and labels, training and test."""
     arrays = read_images(folder)
-    images = [torch.tensor(arrays[f"{s}_image"].reshape(-1, 784) / 255, dtype=torch.float32) for s in ("train", "test")]
-    labels = [torch.tensor(arrays[f"{s}_label"].astype(np.int64)) for s in ("train", "test")]
+    if sides > 1:
+        arrays = side_by_side(arrays, "train", sides) | side_by_side(arrays, "test", sides)
+    splits, width = ("train", "test"), 784 * sides
+    images = [torch.tensor(arrays[f"{s}_image"].reshape(-1, width) / 255, dtype=torch.float32) for s in splits]
+    labels = [torch.tensor(arrays[f"{s}_label"].astype(np.int64)) for s in splits]
     return images[0], labels[0], images[1], labels[1]
 
 
@@ -225,15 +240,16 @@ def make_given(case: Case, right: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     hit = torch.rand(len(right), generator=generator) < float(value)
     if kind == "uniform":
-        return torch.where(hit, torch.randint(10, (len(right),), generator=generator), right)
-    return torch.where(hit, torch.tensor(CONFUSIONS[case.source])[right], right)
+        return torch.where(hit, torch.randint(case.classes, (len(right),), generator=generator), right)
+    last = right % 10  # of several images side by side the last one's class
+    return torch.where(hit, right - last + torch.tensor(CONFUSIONS[case.source])[last], right)
 
 
 @cache
 def make_data(case: Case, folder: Path | None, split: int, seed: int) -> Data:
     """The images of a split, the first n_i of each class under a long tail; noise of our own is drawn by `seed`."""
     if case.source == "fashion":
-        images, labels, test_images, test_labels = read_fashion(folder)
+        images, labels, test_images, test_labels = read_fashion(folder, case.sides)
     else:
         if folder is None:
             raise SystemExit("CIFAR-10N needs --cifar, a folder with train.parquet and test.parquet.")
@@ -244,8 +260,8 @@ def make_data(case: Case, folder: Path | None, split: int, seed: int) -> Data:
         raise SystemExit(f"{case.title} takes {case.limit + CLEAN:,} images of {folder}, which has {len(order):,}.")
     chosen, clean = order[: case.limit], order[case.limit : case.limit + CLEAN]
     if case.imbalance > 1:
-        classes = [chosen[labels[chosen].numpy() == c] for c in range(10)]
-        counts = long_tail_counts(max(len(rows) for rows in classes), 10, case.imbalance)
+        classes = [chosen[labels[chosen].numpy() == c] for c in range(case.classes)]
+        counts = long_tail_counts(max(len(rows) for rows in classes), case.classes, case.imbalance)
         chosen = np.concatenate([rows[:count] for rows, count in zip(classes, counts, strict=True)])
     right = labels[chosen]
     given = make_given(case, right, seed)

@@ -59,7 +59,7 @@ def make_task(case: Case, data: Data, epochs: int, seed: int) -> Task:
     return Task(
         model=make_case_network(case, start=data.start),
         labels=data.given,
-        num_classes=10,
+        num_classes=case.classes,
         epochs=epochs,
         batch_size=BATCH_SIZE,
         inputs=lambda index: plain(data.images[index]),
@@ -146,11 +146,12 @@ def train(name: str, case: Case, data: Data, seed: int, epochs: int) -> Run:
             method.end_epoch(epoch)
         correct = evaluate(method, model, case, data)
         curve.append(correct.float().mean().item())
+    counts = torch.bincount(data.given, minlength=case.classes)
     return {
         "last": curve[-1],
         "best": max(curve),
         **clock.summary(),
-        **shot_accuracy(correct, data.test_labels, torch.bincount(data.given, minlength=10), MANY_SHOT, FEW_SHOT),
+        **shot_accuracy(correct, data.test_labels, counts, MANY_SHOT, FEW_SHOT),
         "samples": samples,
         "wrong": data.wrong,
         "metrics": method.metrics(),

@@ -10,9 +10,9 @@ Cases, networks and schedules are those of `compare.py`. The methods:
   probabilities of a network that was not trained on it; from them cleanlab's self-confidence and normalised margin, and
   what its `find_label_issues` flags. Once with the case's epochs, and once with a third of them, where less is learned
   by heart; of the two the better one by AUROC is shown, which favours it.
-- *threshold samples* (Pleiss et al., NeurIPS 2020): N/11 samples get an eleventh class as their label; samples whose
-  mean margin over the epochs is below the 99th percentile of theirs are flagged. The threshold samples themselves are
-  judged by a second training, with others in their place.
+- *threshold samples* (Pleiss et al., NeurIPS 2020): N/(C + 1) samples get a class of their own as their label; samples
+  whose mean margin over the epochs is below the 99th percentile of theirs are flagged. The threshold samples themselves
+  are judged by a second training, with others in their place.
 - *one plain training*: the mean margin of all samples, for ranking only, the loss at the last epoch, how often a label
   was learned and forgotten (Toneva et al., ICLR 2019), and a vote of the ten nearest samples by the last layer's input
   (as SimiFeat, Zhu et al., ICML 2022).
@@ -69,10 +69,11 @@ class Trained:
         seed: int,
         *,
         with_fsr: bool = False,
-        classes: int = 10,
+        more_classes: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.case, self.data, self.model = case, data, make_case_network(case, classes, data.start)
+        self.case, self.data = case, data
+        self.model = make_case_network(case, case.classes + more_classes, data.start)
         self.fsr: FSRWrapper | None = None
         self.margins = torch.zeros(len(data.given))
         self.events, self.learned = torch.zeros(len(data.given)), torch.zeros(len(data.given), dtype=torch.bool)
@@ -158,7 +159,9 @@ def run_fsr(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
     wrong = data.given != data.right
     quality, flagged = (torch.tensor(issues[name].to_numpy()) for name in ("label_quality", "is_label_issue"))
     out = measure(quality, wrong, flagged)
-    by_class = [measure(quality[data.given == c], wrong[data.given == c], flagged[data.given == c]) for c in range(10)]
+    by_class = [
+        measure(quality[data.given == c], wrong[data.given == c], flagged[data.given == c]) for c in data.given.unique()
+    ]
     return {"fsr": {**out, "by_class": by_class}}
 
 
@@ -181,12 +184,12 @@ def run_plain(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
 
 def run_aum(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
     """The rule of the area under the margin, with two trainings' threshold samples."""
-    everyone, number = torch.arange(len(data.given)), len(data.given) // 11
+    everyone, number = torch.arange(len(data.given)), len(data.given) // (case.classes + 1)
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))
     found = []
     for chosen in (order[:number], order[number : 2 * number]):
-        relabelled = replace(data, given=data.given.index_fill(0, chosen, 10))
-        trained = Trained(case, relabelled, everyone, epochs, seed, classes=11)
+        relabelled = replace(data, given=data.given.index_fill(0, chosen, case.classes))
+        trained = Trained(case, relabelled, everyone, epochs, seed, more_classes=1)
         found.append(above_threshold(trained.margins, chosen))
     quality = found[0].index_copy(0, order[:number], found[1][order[:number]])
     wrong = data.given != data.right
@@ -202,7 +205,7 @@ def run_folds(case: Case, data: Data, epochs: int, seed: int) -> dict[str, Any]:
     fold = torch.arange(len(data.given)) % FOLDS
     fold = fold[torch.randperm(len(fold), generator=torch.Generator().manual_seed(seed))]
     for length in (epochs, max(1, epochs // 3)):
-        probability = torch.empty(len(data.given), 10)
+        probability = torch.empty(len(data.given), case.classes)
         for number in range(FOLDS):
             trained = Trained(case, data, (fold != number).nonzero()[:, 0], length, seed)
             out = (fold == number).nonzero()[:, 0]

@@ -128,12 +128,13 @@ def read_images(data_dir: Path | None) -> dict[str, np.ndarray]:
     }
 
 
-def pair(arrays: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
-    """Two images of the split side by side, one of 100 classes; each image comes once on either side."""
+def side_by_side(arrays: dict[str, np.ndarray], split: str, number: int) -> dict[str, np.ndarray]:
+    """So many images of the split side by side, one of 10^number classes; each image comes once in each place."""
     image, label = arrays[f"{split}_image"], arrays[f"{split}_label"].astype(np.int64)
-    left, right = (np.random.default_rng(side).permutation(len(label)) for side in (1, 2))
-    sides = np.concatenate([image[left].reshape(-1, 784), image[right].reshape(-1, 784)], axis=1)
-    return {f"{split}_image": sides, f"{split}_label": 10 * label[left] + label[right]}
+    places = [np.random.default_rng(place).permutation(len(label)) for place in range(1, number + 1)]
+    sides = np.concatenate([image[place].reshape(-1, 784) for place in places], axis=1)
+    classes = sum(label[place] * 10 ** (number - k) for k, place in enumerate(places, 1))
+    return {f"{split}_image": sides, f"{split}_label": classes}
 
 
 def make_data(arrays: dict[str, np.ndarray], noise: float, seed: int) -> Data:
@@ -258,7 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     arrays = read_images(args.data_dir)
     if args.pairs:
-        arrays = pair(arrays, "train") | pair(arrays, "test")
+        arrays = side_by_side(arrays, "train", 2) | side_by_side(arrays, "test", 2)
     results: dict[str, dict[str, list[Result]]] = {}
     if args.out and args.out.exists():  # a run that was cut short goes on
         saved = json.loads(args.out.read_text())["results"]
