@@ -22,6 +22,8 @@ from fsr_wrap import FSRWrapper
 
 FREE = {"output_dir", "resume", "checkpoint_steps", "keep", "batch_size"}  # flags that a resumed run may change
 
+LABELS = "checksum of the labels"  # in the settings of a run
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """--resume, --checkpoint-steps and --keep; --output-dir is the example's own."""
@@ -39,7 +41,7 @@ def get_settings(args: argparse.Namespace, free: set[str], total_batch: int, lab
     """
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in free | FREE}
     checksum = zlib.crc32(labels.numpy().tobytes())
-    return {**flags, "images a step over all processes": str(total_batch), "checksum of the labels": str(checksum)}
+    return {**flags, "images a step over all processes": str(total_batch), LABELS: str(checksum)}
 
 
 @dataclass
@@ -112,6 +114,18 @@ class Checkpoints:
             for old in self.find()[: -self.keep]:
                 shutil.rmtree(old.replace(partial))  # so that a half-removed one has no final name either
 
+    @staticmethod
+    def read(checkpoint: Path) -> dict[str, Any]:
+        """How far the run was, and its settings."""
+        return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+
+    def forget(self) -> None:
+        """Removes the checkpoints of an earlier run on the same labels; those of other labels stay."""
+        with self.accelerator.main_process_first():
+            labels = {self.read(checkpoint)["settings"].get(LABELS) for checkpoint in self.find()}
+            if self.folder and self.accelerator.is_main_process and labels == {self.progress.settings[LABELS]}:
+                shutil.rmtree(self.folder)
+
     def restore(self, resume: bool) -> None:
         """Loads the newest checkpoint if `resume`; else sees to it that old ones do not mix with new ones.
 
@@ -119,7 +133,7 @@ class Checkpoints:
         """
         found = self.find()
         if resume and found:
-            saved: dict[str, Any] = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
+            saved = self.read(found[-1])
             self.progress.check(saved["settings"])
             self.accelerator.load_state(str(found[-1]))
             vars(self.progress).update(saved)

@@ -267,7 +267,8 @@ def run(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     fsr = FSRWrapper(model, inner, dataset=train_set, config=config) if args.method == "fsr" else None
     # Generators of its own, so that starting an epoch again leaves the global stream, which `augment` uses, alone.
     order = RandomSampler(train_set, generator=torch.Generator())
-    loader = DataLoader(train_set, args.batch_size, sampler=order, generator=torch.Generator())
+    alone = len(train_set) % args.batch_size == 1  # a last batch of one image, with which BatchNorm cannot do
+    loader = DataLoader(train_set, args.batch_size, sampler=order, drop_last=alone, generator=torch.Generator())
     model, optimizer, loader = accelerator.prepare(model, fsr or inner, loader)
     schedule = accelerator.prepare(make_schedule(args, optimizer.optimizer, len(loader)))
     settings = get_settings(args, MAY_CHANGE, args.batch_size * accelerator.num_processes, data.given)

@@ -147,14 +147,12 @@ def limit(split: Split, size: int | None, seed: int) -> Split:
 
 
 def find_data(args: argparse.Namespace, accelerator: Accelerator, name: str, write: Callable[[Path], None]) -> Path:
-    """--data-dir, or the digits, written by the first process; their last run is forgotten if it is not resumed."""
+    """--data-dir, or the digits, written by the first process."""
     if args.data_dir:
         return args.data_dir
     data_dir = args.output_dir / name
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            if data_dir.exists() and not args.resume:
-                shutil.rmtree(args.output_dir / "checkpoints", ignore_errors=True)
             print(f"No --data-dir: scikit-learn's digits are written to {data_dir}", flush=True)
             write(data_dir)
     return data_dir
@@ -234,7 +232,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, task: Task) -> R
     indexed = with_index(train_set)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "pin_memory": torch.cuda.is_available()}
     # The loader's own generator: starting an epoch then leaves the global stream, which drop-out uses, alone.
-    train_loader = DataLoader(indexed, shuffle=True, generator=torch.Generator().manual_seed(args.seed), **options)
+    generator, alone = torch.Generator().manual_seed(args.seed), len(indexed) % args.batch_size == 1
+    # BatchNorm cannot do with a batch of one image.
+    train_loader = DataLoader(indexed, shuffle=True, drop_last=alone, generator=generator, **options)
     val_sets = {name: ImageFiles(task.root, split, to_evaluate, args.seed) for name, split in task.val.items()}
 
     total_batch = args.batch_size * accelerator.num_processes
@@ -252,6 +252,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, task: Task) -> R
     settings = get_settings(args, MAY_CHANGE | task.may_change, total_batch, train_set.labels)
     folder = args.output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, Progress(settings, steps), fsr, folder, args.checkpoint_steps, args.keep)
+    if not args.data_dir and not args.resume:
+        checkpoints.forget()  # of the digits' last run
     return Run(
         args, accelerator, task, checkpoints, model, optimizer, fsr, scheduler, train_set, train_loader, val_loaders
     )

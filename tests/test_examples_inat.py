@@ -90,16 +90,43 @@ def test_a_resumed_run_ends_where_the_other_did(first, tmp_path):
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
 
-def test_only_the_digits_forget_their_last_run(inat, tmp_path):
-    args = inat.parse_args(["--output-dir", str(tmp_path)])
-    old = tmp_path / "checkpoints" / "epoch_0001_step_00000000"
-    old.mkdir(parents=True)
-    inat.find_data(args, inat.Accelerator())
-    assert old.exists()  # there were no digits yet: it is of a run with --data-dir
-    inat.find_data(inat.parse_args(["--output-dir", str(tmp_path), "--resume"]), inat.Accelerator())
-    assert old.exists()
-    inat.find_data(args, inat.Accelerator())
-    assert not old.exists()
+def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+    _, summary = run(tmp_path, "--limit", "97", "--epochs", "1")
+    assert (summary["train_images"], summary["steps"]) == (97, 3)
+
+
+def test_only_the_digits_own_last_run_is_forgotten(inat, first, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first[0], copy)
+    checkpoints = sys.modules["checkpoints"]
+    last = copy / "checkpoints" / "epoch_0002_step_00000000"
+    settings = json.loads((last / "progress.json").read_text())["settings"]
+
+    def forget(settings):
+        progress = checkpoints.Progress(settings, 3)
+        checkpoints.Checkpoints(inat.Accelerator(), progress, None, copy / "checkpoints", None, 2).forget()
+
+    forget({**settings, checkpoints.LABELS: "another"})  # a run with --data-dir was in the same folder
+    assert (last / "model.safetensors").is_file()
+    forget({**settings, "--epochs": "7"})
+    assert not (copy / "checkpoints").exists()
+    forget(settings)  # there are none
+
+
+def test_digits_start_anew_where_digits_were_and_nowhere_else(first, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first[0], copy)
+    for progress in (copy / "checkpoints").glob("*/progress.json"):
+        saved = json.loads(progress.read_text())
+        saved["settings"]["checksum of the labels"] = "1"
+        progress.write_text(json.dumps(saved))
+    before = sorted(copy.glob("checkpoints/*/*"))
+    with pytest.raises(AssertionError, match="has checkpoints of another run"):
+        run(copy)
+    assert sorted(copy.glob("checkpoints/*/*")) == before
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copytree(first[0] / "checkpoints", copy / "checkpoints")
+    assert "No --data-dir" in run(copy)[0]
 
 
 def test_the_recipe_of_the_paper(inat, tmp_path):
