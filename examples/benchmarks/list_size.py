@@ -1,4 +1,5 @@
-"""What the list of wrong labels costs where there are many samples and classes: seconds, and memory beside the run's.
+"""What an epoch's end and the list of wrong labels cost where there are many samples and classes: seconds, and memory
+beside the run's.
 
     python examples/benchmarks/list_size.py --out docs/results/list_size.json [--samples 1000000] [--classes 1000]
 
@@ -49,9 +50,10 @@ def make_run(samples: int, classes: int, storage: str | int) -> FSRWrapper:
         logits[torch.arange(len(index)), likely] += 6 + 3 * torch.randn(len(index))
         blank = torch.zeros_like(logits)
         memory.pseudo.average(index, logits, blank, blank == 0)
-        memory.table.update(index, logits.gather(1, given[:, None])[:, 0] - 6, epoch=0)
+        memory.table.update(index, logits.gather(1, given[:, None])[:, 0] - 6, epoch=memory.epoch)
         memory.given.note(torch.stack([index, given]))
     memory.given.end_epoch()
+    memory.consumed = samples
     memory.visits.seen.fill_(10)
     return fsr
 
@@ -96,7 +98,8 @@ def main() -> None:
     results: dict[str, Any] = {"samples": args.samples, "classes": args.classes, "storage": storage}
     with tempfile.TemporaryDirectory() as folder:
         make_run(1000, 10, storage).report(folder)  # what is imported then is not the call's
-        calls = {"label_issues": fsr.label_issues, "report": lambda: fsr.report(folder), "pred_probs": fsr.pred_probs}
+        calls = {"end_epoch": fsr.end_epoch, "label_issues": fsr.label_issues, "pred_probs": fsr.pred_probs}
+        calls["report"] = lambda: fsr.report(folder)
         for name, call in calls.items():
             found = [measure(call) for _ in range(args.rounds)]
             results[name] = {key: min(one[key] for one in found) for key in found[0]}
