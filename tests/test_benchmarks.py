@@ -114,8 +114,8 @@ def test_threshold_samples_are_judged_by_the_other_training(monkeypatch: pytest.
     told = []
 
     class Trained:
-        def __init__(self, case: Any, data: Any, chosen: Any, epochs: int, seed: int, classes: int) -> None:
-            assert classes == 11
+        def __init__(self, case: Any, data: Any, chosen: Any, epochs: int, seed: int, more_classes: int) -> None:
+            assert more_classes == 1
             assert len(chosen) == 22
             told.append((data.given == 10).nonzero()[:, 0])
             # The threshold samples of this training and the wrong label have low margins, the others high ones.
