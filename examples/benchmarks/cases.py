@@ -215,7 +215,7 @@ def read_fashion(folder: Path | None, sides: int = 1) -> tuple[Tensor, Tensor, T
     """Images (n, 784 · sides) in [0, 1] and labels, training and test."""
     arrays = read_images(folder)
     if sides > 1:
-        arrays = side_by_side(arrays, "train", sides) | side_by_side(arrays, "test", sides)
+        arrays = side_by_side(arrays, sides)
     splits, width = ("train", "test"), 784 * sides
     images = [torch.tensor(arrays[f"{s}_image"].reshape(-1, width) / 255, dtype=torch.float32) for s in splits]
     labels = [torch.tensor(arrays[f"{s}_label"].astype(np.int64)) for s in splits]

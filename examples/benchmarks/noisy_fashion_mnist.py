@@ -128,13 +128,15 @@ def read_images(data_dir: Path | None) -> dict[str, np.ndarray]:
     }
 
 
-def side_by_side(arrays: dict[str, np.ndarray], split: str, number: int) -> dict[str, np.ndarray]:
-    """So many images of the split side by side, one of 10^number classes; each image comes once in each place."""
-    image, label = arrays[f"{split}_image"], arrays[f"{split}_label"].astype(np.int64)
-    places = [np.random.default_rng(place).permutation(len(label)) for place in range(1, number + 1)]
-    sides = np.concatenate([image[place].reshape(-1, 784) for place in places], axis=1)
-    classes = sum(label[place] * 10 ** (number - k) for k, place in enumerate(places, 1))
-    return {f"{split}_image": sides, f"{split}_label": classes}
+def side_by_side(arrays: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """So many images of a split side by side, one of 10^number classes; each image comes once in each place."""
+    out = {}
+    for split in ("train", "test"):
+        image, label = arrays[f"{split}_image"], arrays[f"{split}_label"].astype(np.int64)
+        places = [np.random.default_rng(place).permutation(len(label)) for place in range(1, number + 1)]
+        out[f"{split}_image"] = np.concatenate([image[place].reshape(-1, 784) for place in places], axis=1)
+        out[f"{split}_label"] = sum(label[place] * 10 ** (number - k) for k, place in enumerate(places, 1))
+    return out
 
 
 def make_data(arrays: dict[str, np.ndarray], noise: float, seed: int) -> Data:
@@ -259,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     arrays = read_images(args.data_dir)
     if args.pairs:
-        arrays = side_by_side(arrays, "train", 2) | side_by_side(arrays, "test", 2)
+        arrays = side_by_side(arrays, 2)
     results: dict[str, dict[str, list[Result]]] = {}
     if args.out and args.out.exists():  # a run that was cut short goes on
         saved = json.loads(args.out.read_text())["results"]
